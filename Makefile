@@ -1,0 +1,100 @@
+# Everything runs in .venv, which the first target to need it makes. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ASAN_TREE := build/asan/tree
+CUDA_ARCHS ?= 80 90a
+
+PY := $(VENV)/bin/python
+DEPS := $(VENV)/.dependencies
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
+
+# One thread a worker: two workers with two threads each would wait for one another. The tests that compare
+# numbers of threads set their own.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+SANITIZED_TESTS ?= $(filter-out %_triton.py,$(wildcard tests/native tests/test_sliding_window*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format sanitize aot cuda bench install clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(DEPS): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED): $(DEPS) $(NATIVE)
+	$(PY) -m pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+install: $(INSTALLED) ## make .venv and install the package into it, editable
+
+demo: $(INSTALLED) ## train a small model for about a minute and compare with plain PyTorch
+	$(PY) -m slmkernels demo $(ARGS)
+
+test: $(INSTALLED) ## every test but the slow ones; the Triton kernels in the interpreter
+	@status=0; \
+	$(PYTEST) -m "not slow" --ignore=tests/test_sliding_window_triton.py tests || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/test_sliding_window_triton.py || status=1; \
+	exit $$status
+
+test-slow: $(INSTALLED) ## the exhaustive sweep
+	@status=0; \
+	$(PYTEST) --ignore=tests/test_sliding_window_triton.py tests || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_sliding_window_triton.py || status=1; \
+	exit $$status
+
+lint: $(DEPS) ## formatting and lint, Python and C++
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(DEPS) ## rewrite every file as lint wants it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs $(VENV)/bin/clang-format -i
+
+# The sanitized package and its tests stand in a tree of their own, so that it and no other is imported.
+sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour sanitizers
+	@test -n "$(SANITIZED_TESTS)" || { echo "sanitize: found no native tests"; exit 1; }
+	rm -rf build/asan
+	SLMKERNELS_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/asan --build-lib $(ASAN_TREE)
+	cp -r pyproject.toml tests $(ASAN_TREE)
+	cd $(ASAN_TREE) && OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(CURDIR)/$(PY) -m pytest -q -m "not slow" $(SANITIZE_ARGS) $(SANITIZED_TESTS)
+
+aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, without a GPU
+	$(PYTEST) tests/test_triton_aot.py
+
+cuda: $(DEPS) ## compile every .cu file for sm_80 and sm_90a; needs nvcc, no GPU
+	@sources="$$(find csrc -name '*.cu')"; \
+	if [ -z "$$sources" ]; then echo "cuda: there are no .cu files yet, nothing to compile"; exit 0; fi; \
+	command -v nvcc > /dev/null || { echo "cuda: nvcc is not on PATH"; exit 1; }; \
+	includes="$$($(PY) -c 'from torch.utils.cpp_extension import include_paths as paths; \
+		print(*(f"-isystem {path}" for path in paths()))')"; \
+	mkdir -p build/cuda; \
+	for source in $$sources; do for arch in $(CUDA_ARCHS); do \
+		echo "nvcc sm_$$arch $$source"; \
+		nvcc -c -std=c++17 -O3 -arch=sm_$$arch -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 $$includes \
+			-o "build/cuda/$$(echo $$source | tr / _).sm_$$arch.o" $$source || exit 1; \
+	done; done
+
+bench: $(INSTALLED) ## the benchmark; ARGS="sliding_window/standard --threads 1" and the like
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## build products
+	rm -rf build dist *.egg-info slmkernels/*.so slmkernels/_build_report.json .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	rm -f $(INSTALLED)
+
+distclean: clean ## build products and the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Benchmarks: one registry of cases, one runner, one report. `python -m benchmarks --help`."""

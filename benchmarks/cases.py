@@ -1,0 +1,93 @@
+"""What is measured: the record of a case, and the registry of all of them.
+
+An operation's cases stand in a module of its own name in this package, with a function
+`cases(small: bool) -> Iterator[Case]`; the line in `OPERATIONS` makes them known.
+"""
+
+import fnmatch
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPERATIONS = ("sliding_window",)
+OURS = "slmkernels"  # the name of our candidate in every case
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Inputs = dict[str, Tensor]
+
+
+class Unavailable(Exception):
+    """A candidate cannot run a case here; the message is the reason the report shows."""
+
+
+class Run(NamedTuple):
+    """A candidate made ready: `call` is what is timed, `ours` brings one of its results into our layout."""
+
+    call: Callable[[], tuple[Tensor, ...]]
+    ours: Callable[[Tensor], Tensor] = lambda x: x
+
+
+class Candidate(NamedTuple):
+    """Something that computes a case: our kernel or a peer.
+
+    `prepare` brings the inputs into the candidate's native layout and builds its masks, outside the timing;
+    it raises `Unavailable` where the candidate cannot do the case.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Run]
+    compiles: bool = False  # the first call takes many seconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: what runs, against what, and how its results are checked.
+
+    `reference` and `plain` return the expected results of checked inputs, in float64 and by plain PyTorch in
+    the case's dtype; each may hold only the last rows along dimension 1, and only those are compared.
+    """
+
+    name: str  # operation/shape/mode/dtype
+    operation: str  # the public function
+    dtype: torch.dtype
+    sizes: str  # for people
+    outputs: tuple[str, ...]  # the names of the results, in order
+    inputs: Callable[[torch.device], Inputs]
+    checked: Callable[[Inputs], Inputs]  # the same inputs, changed so that a few rows of reference suffice
+    ours: Candidate
+    peers: tuple[Candidate, ...]
+    reference: Callable[[Inputs], tuple[Tensor, ...]]
+    plain: Callable[[Inputs], tuple[Tensor, ...]]
+    backend: Callable[[Inputs], str]  # which of our backends runs it
+    flops: int  # useful work only: nothing outside a window, nothing computed twice in a forward pass
+    bytes: int  # every input and result moved once
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Ours first, then the peers."""
+        return self.ours, *self.peers
+
+
+def registry(small: bool = False) -> dict[str, Case]:
+    """Every case by name; `small` shrinks the sizes (same names) for smoke runs and tests."""
+    modules = (importlib.import_module(f"{__package__}.{name}") for name in OPERATIONS)
+    return {case.name: case for module in modules for case in module.cases(small)}
+
+
+def select(cases: dict[str, Case], patterns: list[str], dtypes: list[str]) -> dict[str, Case]:
+    """The cases that match a glob (a bare prefix such as `sliding_window/long` counts) and a dtype.
+
+    No pattern matches all; so does no dtype. Raises ValueError for a pattern that matches nothing.
+    """
+    wanted = {DTYPES[name] for name in dtypes or DTYPES}
+    chosen = set()
+    for pattern in patterns or ["*"]:
+        hits = [n for n in cases if fnmatch.fnmatch(n, pattern) or n.startswith(pattern.rstrip("/") + "/")]
+        if not hits:
+            raise ValueError(f"no case matches {pattern!r}; --list shows them all")
+        chosen.update(hits)
+    return {name: case for name, case in cases.items() if name in chosen and case.dtype in wanted}

@@ -1,0 +1,174 @@
+"""What a run prints and keeps: a table for each case, JSON, and a figure for each operation."""
+
+import json
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from rich.console import Console
+from rich.table import Table
+
+from .cases import OURS
+from .machine import Facts
+from .runner import Measurement, Result
+
+HEADINGS = ("median ms", "min ms", "ours faster by", "by minima", "of matmul", "max error", "memory MiB")
+SCHEMA = 1  # of the JSON; raised when a field changes its meaning
+
+
+def to_json(environment: Facts, results: list[Result]) -> dict[str, Any]:
+    """A run as plain data; times in seconds, memory in bytes, errors absolute.
+
+    `speedup` is the peer's time over ours, null for ours and wherever one of the two did not run or failed
+    its check.
+    """
+    return {"schema": SCHEMA, "environment": environment, "results": [_result(r) for r in results]}
+
+
+def _result(result: Result) -> dict[str, Any]:
+    case = result.case
+    return {
+        "case": case.name,
+        "operation": case.operation,
+        "sizes": case.sizes,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "matmul_flops_per_second": result.matmul_rate,
+        "backend": result.backend,
+        "memory_reason": result.memory_reason,
+        "candidates": [_candidate(result, m) for m in result.measurements],
+    }
+
+
+def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
+    speedup = result.speedup(m)
+    times = (
+        {"median_s": m.median, "min_s": min(m.samples)} if m.samples else {"median_s": None, "min_s": None}
+    )
+    return {
+        "name": m.name,
+        "status": status(m),
+        "reason": m.reason,
+        **times,
+        "rounds": len(m.samples),
+        "speedup": speedup and {"medians": speedup[0], "minima": speedup[1]},
+        "of_matmul_rate": result.of_matmul_rate(m),
+        "max_error": m.check and m.check.max_error,
+        "allowed_error": m.check and m.check.allowed,
+        "worst_output": m.check and m.check.output,
+        "extra_memory_bytes": m.extra_memory,
+    }
+
+
+def status(m: Measurement) -> str:
+    """`ok`, `wrong` (it ran and failed its check) or `absent` (there is a reason)."""
+    if m.reason is not None:
+        return "absent"
+    return "ok" if m.correct else "wrong"
+
+
+def write_json(run: dict[str, Any], path: Path) -> None:
+    """Write a run; NaN and infinity become null, which JSON lacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(run), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def print_environment(console: Console, run: dict[str, Any]) -> None:
+    """The facts of the machine, on one line."""
+    console.print(" | ".join(f"{k} {v}" for k, v in run["environment"].items()), style="dim", highlight=False)
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """One case as a table: ours in the first row, then the peers."""
+    rate = result["matmul_flops_per_second"] / 1e9
+    title = f"{result['case']}  {result['sizes']}  (matmul here: {rate:.0f} GFLOP/s)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    ran = [candidate for candidate in result["candidates"] if candidate["status"] != "absent"]
+    for candidate in ran:
+        table.add_row(*_row(candidate, result["backend"]))
+    console.print(table)
+    notes = {c["name"]: c["reason"] for c in result["candidates"] if c not in ran}
+    notes |= {"memory": result["memory_reason"]} if result["memory_reason"] else {}
+    for name, reason in notes.items():
+        console.print(f"  {name}: {reason}", style="dim", highlight=False)
+
+
+def _row(candidate: dict[str, Any], backend: str) -> list[str]:
+    name, speedup = candidate["name"], candidate["speedup"]
+    if name == OURS:
+        name = f"{name} ({backend})"
+    return [
+        name,
+        _shown(candidate["median_s"], "{:.3f}", 1e3),
+        _shown(candidate["min_s"], "{:.3f}", 1e3),
+        "WRONG" if candidate["status"] == "wrong" else _shown(speedup and speedup["medians"], "{:.2f}x"),
+        _shown(speedup and speedup["minima"], "{:.2f}x"),
+        _shown(candidate["of_matmul_rate"], "{:.0%}"),
+        _shown(candidate["max_error"], "{:.1e}"),
+        _shown(candidate["extra_memory_bytes"], "{:.1f}", 2**-20),
+    ]
+
+
+def _shown(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "" if value is None else form.format(value * factor)
+
+
+def plot(run: dict[str, Any], folder: Path) -> list[Path]:
+    """A figure for each operation, SVG and PNG: the peers' times over ours, case by case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for operation in dict.fromkeys(result["operation"] for result in run["results"]):
+        results = [r for r in run["results"] if r["operation"] == operation]
+        figure = Figure(figsize=(9, 1.6 + 0.26 * len(results)), layout="constrained")
+        _draw(figure.subplots(), results)
+        environment = run["environment"]
+        where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+        figure.suptitle(f"{operation}: {where}, torch {environment['torch']}", fontsize=10)
+        figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        for suffix in ("svg", "png"):
+            written.append(folder / f"{operation}.{suffix}")
+            figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _draw(axes: Axes, results: list[dict[str, Any]]) -> None:
+    """A row for each case, a mark for each peer; right of 1, ours is faster."""
+    names = dict.fromkeys(c["name"] for r in results for c in r["candidates"] if c["speedup"])
+    for name, marker in zip(names, cycle("osD^vP"), strict=False):
+        points = [
+            (candidate["speedup"]["medians"], row)
+            for row, result in enumerate(results)
+            for candidate in result["candidates"]
+            if candidate["name"] == name and candidate["speedup"]
+        ]
+        axes.plot(*zip(*points, strict=True), marker, label=name, markersize=5, alpha=0.85)
+    axes.axvline(1, color="black", linewidth=1, label=f"{OURS} = 1")
+    axes.set_yticks(range(len(results)), [_row_label(result) for result in results], fontsize=8)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("time over ours, ratio of medians (log scale; right of 1: ours is faster)", fontsize=8)
+    axes.grid(axis="both", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _row_label(result: dict[str, Any]) -> str:
+    state = result["candidates"][0]["status"]
+    return result["case"] if state == "ok" else f"{result['case']} ({state.upper()})"

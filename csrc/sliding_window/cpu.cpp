@@ -1,0 +1,338 @@
+// The CPU operators: check tensors, lay out the work, hand it to the kernels of the tier in use.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+#include "sliding_window.h"
+
+namespace {
+
+using slm::Dtype;
+using slm::Range;
+using slm::Rows;
+using slm::Span;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kScratchBytes = int64_t(16) << 20;  // of float32 gradients kept for 16-bit tensors
+
+const slm::SlidingWindowKernels& kernels() {
+#if defined(__x86_64__)
+    if (slm::get_isa() == slm::Isa::avx512) return slm::sliding_window_avx512;
+    if (slm::get_isa() == slm::Isa::avx2) return slm::sliding_window_avx2;
+#endif
+    return slm::sliding_window_portable;
+}
+
+Dtype dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::f32;
+        case ScalarType::Double:
+            return Dtype::f64;
+        case ScalarType::BFloat16:
+            return Dtype::bf16;
+        case ScalarType::Half:
+            return Dtype::f16;
+        default:
+            STD_TORCH_CHECK(false, "q must be float32, float64, bfloat16 or float16");
+    }
+}
+
+ScalarType statistics_type(Dtype dtype) {
+    return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Kernels want unit stride along the last dimension; anything else is copied.
+Tensor dense_rows(const Tensor& x) {
+    return x.dim() > 0 && x.numel() > 0 && x.stride(x.dim() - 1) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+std::vector<int64_t> offsets(const Tensor& x, int64_t total, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == ScalarType::Int, name,
+                    " must be an int32 tensor [N+1]");
+    const Tensor dense = torch::stable::contiguous(x);
+    const int32_t* p = static_cast<const int32_t*>(dense.data_ptr());
+    std::vector<int64_t> result(p, p + dense.numel());
+    STD_TORCH_CHECK(!result.empty() && result.front() == 0 && result.back() == total &&
+                        std::is_sorted(result.begin(), result.end()),
+                    name, " must start at 0, never fall and end at ", total);
+    return result;
+}
+
+std::vector<Span> spans_of(int64_t B, int64_t T, int64_t S, const Optional& cu, const Optional& cu_k) {
+    std::vector<Span> spans;
+    if (!cu.has_value()) {
+        for (int64_t b = 0; b < B; ++b) spans.push_back({b, {0, T}, {0, S}});
+        return spans;
+    }
+    STD_TORCH_CHECK(B == 1, "packed sequences need batch 1, got ", B);
+    const auto q = offsets(*cu, T, "cu_seqlens");
+    const auto k = cu_k.has_value() ? offsets(*cu_k, S, "cu_seqlens_k") : offsets(*cu, S, "cu_seqlens");
+    STD_TORCH_CHECK(q.size() == k.size(), "cu_seqlens has ", q.size() - 1, " sequences, cu_seqlens_k ",
+                    k.size() - 1);
+    for (size_t n = 0; n + 1 < q.size(); ++n) spans.push_back({0, {q[n], q[n + 1]}, {k[n], k[n + 1]}});
+    return spans;
+}
+
+// Number of tasks before each span, [spans + 1].
+template <typename Count>
+std::vector<int64_t> tasks_before(const Span* spans, int64_t n, Count count) {
+    std::vector<int64_t> first(size_t(n) + 1, 0);
+    for (int64_t s = 0; s < n; ++s) first[size_t(s) + 1] = first[size_t(s)] + count(spans[s]);
+    return first;
+}
+
+struct Inputs {
+    Tensor q, k, v;
+    Optional sinks;
+    std::vector<Span> spans;
+    slm::Problem problem;
+};
+
+Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& sinks,
+                   const Optional& cu, const Optional& cu_k, int64_t left, int64_t right, double scale,
+                   double softcap) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v must be [B, T, H, D]");
+    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                    "q, k, v must have one dtype");
+    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
+                        v.size(2) == k.size(2) && k.size(3) == q.size(3),
+                    "q, k, v do not fit together");
+    STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "k's heads must divide q's heads");
+    Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), sinks, {}, {}};
+    slm::Problem& p = in.problem;
+    p.dtype = dtype_of(q);
+    p.T = q.size(1), p.Hq = q.size(2), p.H = k.size(2), p.D = q.size(3), p.Dv = v.size(3);
+    p.bf16_dot = p.dtype == Dtype::bf16 && slm::get_isa() == slm::Isa::avx512 && slm::has_bf16_dot() &&
+                 p.D % 2 == 0 && p.Dv % 2 == 0;  // products take pairs along D
+    if (sinks.has_value()) {
+        STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.Hq &&
+                            sinks->scalar_type() == statistics_type(p.dtype),
+                        "sinks must be [Hq], float32 (float64 for float64 inputs)");
+        in.sinks = torch::stable::contiguous(*sinks);
+    }
+    p.q = rows_of(in.q), p.k = rows_of(in.k), p.v = rows_of(in.v);
+    p.sinks = in.sinks.has_value() ? in.sinks->data_ptr() : nullptr;
+    in.spans = spans_of(q.size(0), p.T, k.size(1), cu, cu_k);
+    p.spans = in.spans.data();
+    p.num_spans = int64_t(in.spans.size());
+    p.heads = {0, p.H};
+    p.band = {left, right};
+    p.scale = scale, p.softcap = softcap;
+    return in;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, Optional sinks,
+                                   Optional cu, Optional cu_k, int64_t left, int64_t right, double scale,
+                                   double softcap) {
+    Inputs in = read_inputs(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
+    slm::Problem& p = in.problem;
+    Tensor o = torch::stable::new_empty(q, {q.size(0), p.T, p.Hq, p.Dv});
+    Tensor lse = torch::stable::new_empty(q, {q.size(0), p.Hq, p.T}, statistics_type(p.dtype));
+    p.o = rows_of(o);
+    p.lse = lse.data_ptr();
+    const auto& tier = kernels();
+    const int64_t block = p.dtype == Dtype::f64 ? tier.lanes_f64 : tier.lanes_f32;
+    const auto first = tasks_before(p.spans, p.num_spans, [&](const Span& span) {
+        return (span.q.size() + block - 1) / block * p.H;
+    });
+    p.first = first.data();
+    torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
+        tier.forward(p, begin, end);
+    });
+    return {o, lse};
+}
+
+// Positions per chunk of the backward: twice the window's reach, so that few query blocks are packed in
+// both of two phases, as far as keys, values and their gradients (2 (D + Dv) floats each) stay in the L2
+// cache. Depends on nothing but the shape: so do the bits of the result.
+int64_t chunk_length(const slm::Problem& p, int64_t longest) {
+    const auto side = [&](int64_t x) { return x < 0 ? longest : std::min(x, longest); };
+    const int64_t reach = std::max(side(p.band.left), side(p.band.right));
+    const int64_t cached = std::max<int64_t>(65536 / std::max<int64_t>(p.D + p.Dv, 1), 64);
+    return std::min(std::max<int64_t>(2 * reach, 256), cached) / 64 * 64;
+}
+
+// Runs every phase over one slab of spans and KV heads.
+void run_phases(slm::Gradient& g, const Span* spans, int64_t num_spans, Range heads) {
+    slm::Problem& p = g.problem;
+    p.spans = spans, p.num_spans = num_spans, p.heads = heads;
+    const auto first = tasks_before(spans, num_spans, [&](const Span& span) {
+        return (span.k.size() + g.chunk - 1) / g.chunk * heads.size();
+    });
+    p.first = first.data();
+    int64_t longest = 0;
+    for (int64_t s = 0; s < num_spans; ++s)
+        longest = std::max(longest, spans[s].q.size() + spans[s].k.size());
+    const auto chunks = [&](int64_t side) {
+        return ((side < 0 ? longest : std::min(side, longest)) + g.chunk - 1) / g.chunk;
+    };
+    const auto& tier = kernels();
+    for (int64_t distance = -chunks(p.band.right); distance <= chunks(p.band.left); ++distance) {
+        g.distance = distance;
+        torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
+            tier.backward(g, begin, end);
+        });
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional dlse, const Tensor& q,
+                                                    const Tensor& k, const Tensor& v, const Tensor& o,
+                                                    const Tensor& lse, Optional sinks, Optional cu,
+                                                    Optional cu_k, int64_t left, int64_t right,
+                                                    double scale, double softcap) {
+    Inputs in = read_inputs(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
+    const int64_t B = q.size(0), S = k.size(1);
+    slm::Gradient g{};
+    g.problem = in.problem;
+    slm::Problem& p = g.problem;
+    const ScalarType exact = statistics_type(p.dtype);
+    STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && o.scalar_type() == q.scalar_type() &&
+                        dout.dim() == 4 && o.dim() == 4,
+                    "dout and o must be [B, T, Hq, Dv] of q's dtype");
+    for (int d = 0; d < 4; ++d) {
+        const int64_t expected[] = {B, p.T, p.Hq, p.Dv};
+        STD_TORCH_CHECK(dout.size(d) == expected[d] && o.size(d) == expected[d],
+                        "dout and o must be [B, T, Hq, Dv]");
+    }
+    STD_TORCH_CHECK(lse.scalar_type() == exact && lse.numel() == B * p.Hq * p.T, "lse must be [B, Hq, T]");
+    const Tensor douts = dense_rows(dout), outs = dense_rows(o), lses = torch::stable::contiguous(lse);
+    Optional dlses;
+    if (dlse.has_value()) dlses = torch::stable::contiguous(*dlse);
+    g.dout = rows_of(douts), p.o = rows_of(outs), p.lse = lses.data_ptr();
+    g.dlse = dlses.has_value() ? dlses->data_ptr() : nullptr;
+    int64_t longest = 1;
+    for (const Span& span : in.spans) longest = std::max({longest, span.q.size(), span.k.size()});
+    g.chunk = chunk_length(p, longest);
+
+    Tensor dsinks = torch::stable::new_empty(lses, {sinks.has_value() ? p.Hq : 0});
+    if (sinks.has_value()) {
+        const auto& tier = kernels();
+        torch::stable::parallel_for(0, p.Hq, 1, [&](int64_t begin, int64_t end) {
+            tier.sink_gradient(g, dsinks.data_ptr(), begin, end);
+        });
+    }
+
+    const int64_t group = p.Hq / p.H;
+    if (exact == q.scalar_type()) {  // accumulate where the results belong
+        Tensor dq = torch::stable::new_zeros(q, {B, p.T, p.Hq, p.D});
+        Tensor dk = torch::stable::new_zeros(q, {B, S, p.H, p.D});
+        Tensor dvs = torch::stable::new_zeros(q, {B, S, p.H, p.Dv});
+        g.dq = rows_of(dq), g.dk = rows_of(dk), g.dv = rows_of(dvs);
+        run_phases(g, in.spans.data(), int64_t(in.spans.size()), {0, p.H});
+        return {dq, dk, dvs, dsinks};
+    }
+
+    // Accumulate in a bounded slab of batch entries and KV heads, then convert.
+    Tensor dq = torch::stable::new_empty(q, {B, p.T, p.Hq, p.D});
+    Tensor dk = torch::stable::new_empty(q, {B, S, p.H, p.D});
+    Tensor dvs = torch::stable::new_empty(q, {B, S, p.H, p.Dv});
+    const int64_t bytes = exact == ScalarType::Double ? 8 : 4;
+    const int64_t per_head = std::max<int64_t>(1, (p.T * group * p.D + S * (p.D + p.Dv)) * bytes);
+    const int64_t units = std::max<int64_t>(1, kScratchBytes / per_head);
+    const int64_t heads = std::min(p.H, units);
+    const int64_t batches = heads == p.H ? std::clamp<int64_t>(units / p.H, 1, std::max<int64_t>(B, 1)) : 1;
+    for (int64_t b = 0; b < B; b += batches)
+        for (int64_t h = 0; h < p.H; h += heads) {
+            const int64_t nb = std::min(batches, B - b), nh = std::min(heads, p.H - h);
+            const Tensor sq = torch::stable::new_zeros(lses, {nb, p.T, nh * group, p.D});
+            const Tensor sk = torch::stable::new_zeros(lses, {nb, S, nh, p.D});
+            const Tensor sv = torch::stable::new_zeros(lses, {nb, S, nh, p.Dv});
+            const auto shifted = [&](const Tensor& x, int64_t head) {  // absolute b and h index the slab
+                Rows rows = rows_of(x);
+                rows.data = static_cast<char*>(rows.data) - (b * rows.b + head * rows.h) * bytes;
+                return rows;
+            };
+            g.dq = shifted(sq, h * group), g.dk = shifted(sk, h), g.dv = shifted(sv, h);
+            const bool packed = cu.has_value();
+            run_phases(g, in.spans.data() + (packed ? 0 : b), packed ? int64_t(in.spans.size()) : nb,
+                       {h, h + nh});
+            const auto convert = [&](const Tensor& to, const Tensor& from, int64_t head) {
+                Tensor target = to;
+                target = torch::stable::narrow(target, 0, b, nb);
+                target = torch::stable::narrow(target, 2, head, from.size(2));
+                torch::stable::copy_(target, from);
+            };
+            convert(dq, sq, h * group);
+            convert(dk, sk, h);
+            convert(dvs, sv, h);
+        }
+    return {dq, dk, dvs, dsinks};
+}
+
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Tensor v_ring, Tensor position,
+            Optional sinks, double scale, double softcap) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k_ring.dim() == 4 && v_ring.dim() == 4,
+                    "q, k, v and the rings must have four dimensions");
+    slm::Step s{};
+    s.dtype = dtype_of(q);
+    s.B = q.size(0), s.n = q.size(1), s.Hq = q.size(2), s.D = q.size(3);
+    s.H = k.size(2), s.Dv = v.size(3), s.W = k_ring.size(2);
+    for (const Tensor* x : {&k, &v, static_cast<const Tensor*>(&k_ring), static_cast<const Tensor*>(&v_ring)})
+        STD_TORCH_CHECK(x->scalar_type() == q.scalar_type() && x->size(0) == s.B,
+                        "q, k, v and the rings must have one dtype and batch");
+    STD_TORCH_CHECK(k.size(1) == s.n && v.size(1) == s.n && v.size(2) == s.H && k.size(3) == s.D &&
+                        k_ring.size(1) == s.H && k_ring.size(3) == s.D && v_ring.size(1) == s.H &&
+                        v_ring.size(2) == s.W && v_ring.size(3) == s.Dv && s.H > 0 && s.Hq % s.H == 0 &&
+                        s.W > 0,
+                    "q, k, v and the rings do not fit together");
+    STD_TORCH_CHECK(k_ring.is_contiguous() && v_ring.is_contiguous() && position.is_contiguous() &&
+                        position.scalar_type() == ScalarType::Long && position.numel() == s.B * s.H,
+                    "rings must be contiguous, position int64 [B, H]");
+    const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
+    Optional logits;
+    if (sinks.has_value()) {
+        STD_TORCH_CHECK(sinks->numel() == s.Hq && sinks->scalar_type() == statistics_type(s.dtype),
+                        "sinks must be [Hq], float32 (float64 for float64 inputs)");
+        logits = torch::stable::contiguous(*sinks);
+    }
+    Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.Hq, s.Dv});
+    s.q = rows_of(queries), s.o = rows_of(o);
+    s.k_ring = k_ring.data_ptr(), s.v_ring = v_ring.data_ptr();
+    int64_t* positions = static_cast<int64_t*>(position.data_ptr());
+    s.position = positions;
+    s.sinks = logits.has_value() ? logits->data_ptr() : nullptr;
+    s.scale = scale, s.softcap = softcap;
+    const size_t bytes = q.element_size();
+    const auto append = [&](const Tensor& from, void* ring, int64_t b, int64_t h, int64_t size) {
+        const int64_t slot = positions[b * s.H + h] % s.W;
+        const char* source = static_cast<const char*>(from.data_ptr()) +
+                             size_t(b * from.stride(0) + s.token * from.stride(1) + h * from.stride(2)) * bytes;
+        std::memcpy(static_cast<char*>(ring) + size_t(((b * s.H + h) * s.W + slot) * size) * bytes, source,
+                    size_t(size) * bytes);
+    };
+    const auto& tier = kernels();
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, s.W * (s.D + s.Dv)));
+    for (s.token = 0; s.token < s.n; ++s.token) {
+        for (int64_t b = 0; b < s.B; ++b)
+            for (int64_t h = 0; h < s.H; ++h) {
+                append(keys, k_ring.data_ptr(), b, h, s.D);
+                append(values, v_ring.data_ptr(), b, h, s.Dv);
+                ++positions[b * s.H + h];
+            }
+        torch::stable::parallel_for(0, s.B * s.Hq, grain, [&](int64_t begin, int64_t end) {
+            tier.step(s, begin, end);
+        });
+    }
+    return o;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slmkernels, CPU, m) {
+    m.impl("sliding_window_forward", TORCH_BOX(&forward));
+    m.impl("sliding_window_backward", TORCH_BOX(&backward));
+    m.impl("sliding_window_step", TORCH_BOX(&step));
+}

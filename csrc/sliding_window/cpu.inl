@@ -1,0 +1,266 @@
+// Sliding-window attention on the CPU: the parts that forward and backward share, and the table of one
+// tier's kernels. forward.inl, backward.inl and step.inl tell how each direction works.
+//
+// Queries lie across the lanes. A block is kBlock = 4 registers of queries (64 in AVX-512 float32), and
+// scores are kept transposed, S^T [keys][queries]. That has three rewards:
+//   - K and V are read as they lie in memory, element by element, as the broadcast operand of the tile
+//     kernel (tile.h); only the query block is transposed, once per block, in registers;
+//   - the softmax runs down the lanes: no horizontal maximum or sum anywhere;
+//   - at the window's edges whole registers of queries drop out of the matrix products (runs, band.h),
+//     so the triangles cost little more than their area instead of a full square tile.
+//
+// Storage type E, arithmetic type F (float, or double for double), and a policy P for the matrix
+// products: Fma<F>, or Dot for bfloat16 where the CPU has dot products of pairs.
+
+#include <new>
+
+#include "../common/tile.h"
+#include "sliding_window.h"
+
+namespace {
+
+using slm::Band;
+using slm::Problem;
+using slm::Range;
+using slm::Rows;
+using slm::Run;
+using slm::Span;
+
+template <typename F>
+constexpr int kBlock = kTileVectors * kLanes<F>;
+
+template <typename P>
+constexpr int kPair = std::is_same_v<typename P::B, uint32_t> ? 2 : 1;  // values of k in one step of P
+
+template <typename F>
+constexpr F kLog2e = F(1.442695040888963407359924681001892137);
+template <typename F>
+constexpr F kLn2 = F(0.693147180559945309417232121458176568);
+template <typename F>
+constexpr F kInf = F(__builtin_inf());
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+// Aligned scratch memory of one thread, cut into pieces.
+class Arena {
+   public:
+    explicit Arena(size_t bytes)
+        : data_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(bytes + 64, 64))))) {
+        if (data_ == nullptr) throw std::bad_alloc();
+    }
+    ~Arena() { std::free(data_); }
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+
+    template <typename X>
+    X* take(int64_t count) {
+        X* piece = reinterpret_cast<X*>(data_ + used_);
+        used_ += size_t(round_up(count * int64_t(sizeof(X)), 64));
+        return piece;
+    }
+
+   private:
+    char* data_;
+    size_t used_ = 0;
+};
+
+// Which span a task belongs to: first[s] <= task < first[s + 1].
+inline int64_t find_span(const Problem& p, int64_t task) {
+    int64_t low = 0, high = p.num_spans;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (p.first[middle] <= task ? low : high) = middle;
+    }
+    return low;
+}
+
+// X^T of `rows` rows x [rows][D], as the B operand of P: out[D / kPair][kBlock]. Missing rows are zeros.
+template <typename P, typename E>
+SLM_INLINE void pack_transposed(const E* x, int64_t stride, int64_t rows, int64_t D,
+                                typename P::B* out) {
+    using F = typename P::Acc;
+    using B = typename P::B;
+    constexpr int L = kLanes<F>, W = kBlock<F>;
+    const int64_t n = D / kPair<P>;
+    for (int64_t v = 0; v * L < rows; ++v)
+        for (int64_t d = 0; d < n; d += L) {
+            Vec<B> square[L];
+            for (int l = 0; l < L; ++l) {
+                const E* row = x + (v * L + l) * stride + d * kPair<P>;
+                if (v * L + l >= rows) {
+                    square[l] = Vec<B>{};
+                } else if (d + L <= n) {
+                    if constexpr (kPair<P> == 2)
+                        square[l] = loadu<uint32_t>(reinterpret_cast<const uint32_t*>(row));
+                    else
+                        square[l] = load<F>(row);
+                } else {
+                    B tail[L] = {};
+                    if constexpr (kPair<P> == 2)
+                        __builtin_memcpy(tail, row, size_t(n - d) * sizeof(B));
+                    else
+                        widen_row<F>(row, tail, n - d);
+                    square[l] = loadu<B>(tail);
+                }
+            }
+            transpose<B>(square);
+            const int64_t valid = n - d < L ? n - d : L;
+            for (int64_t l = 0; l < valid; ++l) storeu<B>(out + (d + l) * W + v * L, square[l]);
+        }
+}
+
+// Rows [rows][D] as the B operand of P with the rows as k: out[rows / kPair][width]. Missing rows of
+// the last block of lanes are zeros.
+template <typename P, typename E>
+SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, int64_t width,
+                          typename P::B* out) {
+    using F = typename P::Acc;
+    if constexpr (kPair<P> == 1) {
+        for (int64_t i = 0; i < rows; ++i) widen_row<F>(x + i * stride, out + i * width, D);
+    } else {
+        typedef uint16_t Short __attribute__((vector_size(SLM_BYTES / 2), aligned(1), may_alias));
+        constexpr int L = kLanes<F>;
+        for (int64_t i = 0; i < rows; i += 2) {
+            const E *even = x + i * stride, *odd = even + stride;
+            const bool paired = i + 1 < rows;
+            uint32_t* to = out + i / 2 * width;
+            int64_t d = 0;
+            for (; d + L <= D; d += L) {
+                Vec<uint32_t> pair =
+                    __builtin_convertvector(*reinterpret_cast<const Short*>(even + d), Vec<uint32_t>);
+                if (paired)
+                    pair |= __builtin_convertvector(*reinterpret_cast<const Short*>(odd + d),
+                                                    Vec<uint32_t>)
+                            << 16;
+                storeu<uint32_t>(to + d, pair);
+            }
+            for (; d < D; ++d)
+                to[d] = even[d].bits | (paired ? uint32_t(odd[d].bits) << 16 : 0u);
+            for (; d < width; ++d) to[d] = 0;
+        }
+    }
+}
+
+// Transposes x^T [D][kBlock] back into `rows` rows, each lane times factor[lane] if given; adds to what
+// is there if Add.
+template <bool Add, typename F, typename E>
+SLM_INLINE void unpack_transposed(const F* x, const F* factor, int64_t rows, int64_t D, E* out,
+                                  int64_t stride) {
+    constexpr int L = kLanes<F>, W = kBlock<F>;
+    for (int64_t v = 0; v * L < rows; ++v)
+        for (int64_t d = 0; d < D; d += L) {
+            Vec<F> square[L];
+            const Vec<F> times = factor ? loadu<F>(factor + v * L) : splat<F>(F(1));
+            for (int l = 0; l < L; ++l)
+                square[l] = d + l < D ? loadu<F>(x + (d + l) * W + v * L) * times : Vec<F>{};
+            transpose<F>(square);
+            for (int l = 0; l < L && v * L + l < rows; ++l) {
+                E* to = out + (v * L + l) * stride + d;
+                if (d + L <= D) {
+                    if constexpr (Add) square[l] += load<F>(to);
+                    store<F>(to, square[l]);
+                } else {
+                    for (int64_t e = 0; e < D - d; ++e)
+                        narrow(square[l][e] + (Add ? widen<F>(to[e]) : F(0)), to + e);
+                }
+            }
+        }
+}
+
+// Asks for rows that a later block reads: the rows of one head lie H * D apart, which the hardware's own
+// prefetchers do not follow. Issued a few at a time between products.
+template <typename E>
+SLM_INLINE void prefetch_rows(const E* x, int64_t stride, int64_t rows, int64_t D) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t d = 0; d < D; d += int64_t(64 / sizeof(E)))
+            __builtin_prefetch(x + i * stride + d, 0, 2);
+}
+
+// Lanes of vector v whose queries see key j, for a block that stands at i0.
+template <typename F>
+SLM_INLINE Mask<F> visible_lanes(const Band& band, int64_t i0, int64_t j, int64_t v) {
+    constexpr int L = kLanes<F>, W = kBlock<F>;
+    const Range seen = band.queries({j, j + 1}, {i0, i0 + W});
+    Mask<F> lane;
+    for (int l = 0; l < L; ++l) lane[l] = Int<F>(l);
+    lane += Int<F>(v * L);
+    return (lane >= Int<F>(seen.begin - i0)) & (lane < Int<F>(seen.end - i0));
+}
+
+// K or V rows as the A operand of Fma: in place where the storage is F already, else widened.
+template <typename F, typename E>
+SLM_INLINE const F* widened(const E* x, int64_t& stride, int64_t rows, int64_t D, F* buffer) {
+    if constexpr (std::is_same_v<E, F>) {
+        return x;
+    } else {
+        const int64_t width = round_up(D, kLanes<F>);
+        for (int64_t j = 0; j < rows; ++j) widen_row<F>(x + j * stride, buffer + j * width, D);
+        stride = width;
+        return buffer;
+    }
+}
+
+#if SLM_BYTES == 64
+// Two rows of float lanes as bfloat16 pairs side by side: lane l holds (even[l], odd[l]).
+SLM_INLINE Vec<uint32_t> pair_lanes(Vec<float> even, Vec<float> odd) {
+    typedef uint16_t Words __attribute__((vector_size(64)));
+    Words order;
+    for (int l = 0; l < 16; ++l) order[2 * l] = uint16_t(l), order[2 * l + 1] = uint16_t(l + 16);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Vec<uint32_t>)_mm512_permutexvar_epi16((__m512i)order, both);
+}
+#endif
+
+// Calls body<F, E, P>(...) for a problem's types.
+#if SLM_BYTES == 64
+#define SLM_DISPATCH_DOT(body, ...) return body<float, BFloat16, Dot>(__VA_ARGS__)
+#else
+#define SLM_DISPATCH_DOT(body, ...) (void)0
+#endif
+
+#define SLM_DISPATCH(body, dtype, dot, ...)                            \
+    switch (dtype) {                                                   \
+        case slm::Dtype::f32:                                          \
+            return body<float, float, Fma<float>>(__VA_ARGS__);        \
+        case slm::Dtype::f64:                                          \
+            return body<double, double, Fma<double>>(__VA_ARGS__);     \
+        case slm::Dtype::f16:                                          \
+            return body<float, Half, Fma<float>>(__VA_ARGS__);         \
+        case slm::Dtype::bf16:                                         \
+            if (dot) SLM_DISPATCH_DOT(body, __VA_ARGS__);              \
+            return body<float, BFloat16, Fma<float>>(__VA_ARGS__);     \
+    }
+
+#include "forward.inl"
+//
+#include "backward.inl"
+//
+#include "step.inl"
+
+void forward(const Problem& p, int64_t begin, int64_t end) {
+    SLM_DISPATCH(forward_tasks, p.dtype, p.bf16_dot, p, begin, end);
+}
+
+void backward(const slm::Gradient& g, int64_t begin, int64_t end) {
+    SLM_DISPATCH(backward_tasks, g.problem.dtype, g.problem.bf16_dot, g, begin, end);
+}
+
+void sink_gradient(const slm::Gradient& g, void* dsinks, int64_t begin, int64_t end) {
+    SLM_DISPATCH(sink_gradient_heads, g.problem.dtype, false, g, dsinks, begin, end);
+}
+
+void step(const slm::Step& s, int64_t begin, int64_t end) {
+    SLM_DISPATCH(step_heads, s.dtype, false, s, begin, end);
+}
+
+}  // namespace
+
+namespace slm {
+#define SLM_JOIN(a, b) a##b
+#define SLM_NAME(a, b) SLM_JOIN(a, b)
+const SlidingWindowKernels SLM_NAME(sliding_window_, SLM_TIER) = {
+    kBlock<float>, kBlock<double>, forward, backward, sink_gradient, step,
+};
+}  // namespace slm

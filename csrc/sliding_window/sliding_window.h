@@ -1,0 +1,79 @@
+// What the operators hand to the kernels of a CPU tier.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/band.h"
+
+namespace slm {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+
+// One sequence: rows of batch entry b.
+struct Span {
+    int64_t b;
+    Range q, k;  // rows t and s
+    int64_t offset() const { return k.size() - q.size(); }  // query row t stands at t + offset
+};
+
+// A tensor [B, T, H, D] with unit stride along D. Strides in elements.
+struct Rows {
+    void* data;
+    int64_t b, t, h;
+
+    template <typename E>
+    E* at(int64_t ib, int64_t it, int64_t ih) const {
+        return static_cast<E*>(data) + ib * b + it * t + ih * h;
+    }
+};
+
+struct Problem {
+    Dtype dtype;
+    bool bf16_dot;  // use AVX512-BF16 dot products
+    int64_t T, Hq, H, D, Dv;
+    Rows q, k, v, o;
+    void* lse;          // [B, Hq, T], float or (f64) double
+    const void* sinks;  // [Hq], same type as lse, or null
+    const Span* spans;
+    const int64_t* first;  // [num_spans + 1], tasks before each span
+    int64_t num_spans;
+    Range heads;  // KV heads of this call
+    Band band;
+    double scale, softcap;  // softcap 0: none
+};
+
+// Backward: dk and dv of a chunk of keys against dq of a chunk of queries. Two tasks of one phase
+// touch neither the same queries nor the same keys, so they add into dq, dk, dv without conflict; the
+// phases (one per distance between the chunks) run one after the other. Sums have a fixed order.
+struct Gradient {
+    Problem problem;
+    Rows dout, dq, dk, dv;  // dq, dk, dv accumulate: float (f64: double)
+    const void* dlse;       // [B, Hq, T] like lse, or null
+    int64_t chunk;          // positions per chunk
+    int64_t distance;       // of this phase: query chunk = key chunk + distance
+};
+
+struct Step {
+    Dtype dtype;
+    int64_t B, n, Hq, H, D, Dv, W;
+    Rows q, o;
+    const void *k_ring, *v_ring;  // [B, H, W, D], [B, H, W, Dv]
+    const int64_t* position;      // [B, H], after this token
+    const void* sinks;
+    int64_t token;  // which of the n new ones
+    double scale, softcap;
+};
+
+// The kernels of one tier; each works on tasks [begin, end) of its problem.
+struct SlidingWindowKernels {
+    int lanes_f32, lanes_f64;  // queries per block
+    void (*forward)(const Problem&, int64_t begin, int64_t end);
+    void (*backward)(const Gradient&, int64_t begin, int64_t end);
+    void (*sink_gradient)(const Gradient&, void* dsinks, int64_t begin, int64_t end);
+    void (*step)(const Step&, int64_t begin, int64_t end);
+};
+
+extern const SlidingWindowKernels sliding_window_portable, sliding_window_avx2,
+    sliding_window_avx512;
+
+}  // namespace slm

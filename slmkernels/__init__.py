@@ -1,0 +1,23 @@
+"""slmkernels: fused attention kernels for small language models, on CPU and GPU, forward and backward."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .dispatch import Unsupported, explain, use_backend
+from .facts import info
+from .ops.sliding_window.function import sliding_window_attention
+from .ops.sliding_window.step import RingCache, sliding_window_attention_step
+
+try:
+    __version__ = version("slmkernels")
+except PackageNotFoundError:  # run from a checkout that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "RingCache",
+    "Unsupported",
+    "explain",
+    "info",
+    "sliding_window_attention",
+    "sliding_window_attention_step",
+    "use_backend",
+]

@@ -1,0 +1,184 @@
+"""The command line: `slmkernels train | generate | demo | info`.
+
+Whatever the user got wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from .dispatch import BACKENDS, Unsupported, use_backend
+from .facts import info
+from .train import Interrupted, Settings, Trainer, TrainError, demo, load_corpus, load_model, train
+from .train import checkpoint as checkpoints
+from .train.data import decode_stream, encode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line -> its exit code."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        print(f"{info()}\n")
+        parser.print_help()
+        return 0
+    try:
+        if getattr(args, "threads", None) is not None:
+            if args.threads < 1:
+                raise TrainError(f"--threads is {args.threads}; expected an int >= 1")
+            torch.set_num_threads(args.threads)
+        with _backend(args):
+            args.run(args)
+        return 0
+    except (TrainError, Unsupported) as error:
+        print(f"slmkernels {args.command}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"slmkernels {args.command}: {stop}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"slmkernels {args.command}: interrupted", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output left; Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _backend(args: argparse.Namespace):
+    name = getattr(args, "backend", None)
+    return use_backend(name) if name else contextlib.nullcontext()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="slmkernels", description="Fused attention for small language models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a small language model on bytes of text")
+    for field in dataclasses.fields(Settings):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.name == "data":
+            command.add_argument(flag, nargs="+", metavar="PATH", help=text)
+        else:
+            kind = field.metadata["type"]
+            default = "" if field.default is None else f" (default: {field.default})"
+            command.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text + default)
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET-PATTERN)"
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="go on from --out's checkpoint, with its settings"
+    )
+    command.add_argument(
+        "--stop-at", type=int, metavar="STEP", help="stop early, as if interrupted; --resume goes on"
+    )
+    command.add_argument("--checkpoint-activations", action="store_true", help="less memory, more computing")
+    _add_common(command)
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("generate", help="continue a prompt with a trained model")
+    command.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run"
+    )
+    command.add_argument("--prompt", default="", metavar="TEXT", help="what to continue")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="INT", help="bytes to write (default: 256)"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.8, metavar="FLOAT", help="0: likeliest (default: 0.8)"
+    )
+    command.add_argument("--top-k", type=int, metavar="INT", help="draw among the likeliest only")
+    command.add_argument("--seed", type=int, default=0, metavar="INT", help="of the draws (default: 0)")
+    _add_common(command)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser(
+        "demo", help="train for a minute, sample, plot and compare with PyTorch's attention"
+    )
+    command.add_argument(
+        "--steps", type=int, default=300, metavar="INT", help="training steps (default: 300)"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"
+    )
+    _add_common(command)
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser("info", help="what is installed, and why something is not")
+    command.set_defaults(run=lambda args: print(info()))
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--backend", choices=BACKENDS, help="force one (default: the best that can)")
+    command.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: torch's)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument(
+        "--device", default=device, metavar="NAME", help=f"cpu or cuda (default here: {device})"
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _settings(given: dict, base: dict) -> Settings:
+    try:
+        merged = {**base, **{name: value for name, value in given.items() if value is not None}}
+        return Settings(**{**merged, "data": tuple(merged.get("data", ()))})
+    except (TypeError, ValueError) as error:
+        raise TrainError(str(error)) from None
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.stop_at is not None and args.stop_at < 1:
+        raise TrainError(f"--stop-at is {args.stop_at}; expected an int >= 1")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    out = args.out or Path("runs") / f"{args.preset or Settings.preset}-{args.pattern or Settings.pattern}"
+    path = out / checkpoints.NAME
+    settings = _settings(given, checkpoints.read(path)["settings"] if args.resume else {})
+    if path.exists() and not args.resume:
+        raise TrainError(f"{str(path)!r} is there already; expected --resume, or another --out")
+    device = _device(args.device)
+    trainer = Trainer(settings, load_corpus(settings.data), device, args.checkpoint_activations)
+    if args.resume:
+        trainer.restore(path)
+    name = f"{settings.preset} {settings.pattern}, {trainer.model.num_parameters():,} parameters"
+    print(f"{name}; {len(trainer.corpus.train) / 1e6:.1f} MB of text; {out}", flush=True)
+    valid = train(trainer, out, args.stop_at)
+    print(f"held-out text: {valid['bpb']:.3f} bits per byte after {trainer.step} steps; all files in {out}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    device = _device(args.device)
+    model = load_model(args.checkpoint, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "generator": generator}
+    try:
+        tokens = model.generate(encode(args.prompt).to(device), args.max_new_tokens, **options)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
+    print(args.prompt, end="", flush=True)
+    for text in decode_stream(tokens):
+        print(text, end="", flush=True)
+    print()
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _settings({"steps": args.steps}, {})  # a wrong --steps ends here
+    demo.run(args.steps, args.out, _device(args.device))

@@ -1,0 +1,120 @@
+"""Which implementation runs a call, and why the others did not.
+
+An operation lists its implementations, best first, each with a function that looks at the call and
+returns None (supported) or the reason it cannot serve it. The choice depends on nothing else but an
+explicit override: the `backend=` argument, `use_backend`, or the environment's SLMKERNELS_BACKEND.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+
+
+class Unsupported(NotImplementedError):
+    """A named backend cannot serve this call; the message names the argument, its value and what is supported."""
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)} or None")
+    return name
+
+
+# The one piece of global state: a forced backend, from the environment until `use_backend` changes it.
+_forced: str | None = os.environ.get("SLMKERNELS_BACKEND") or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operation inside the block on backend `name`; None restores the automatic choice.
+
+    Process-wide, not per thread. An operation's own `backend=` argument wins over it.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "use_backend(name)")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@dataclass
+class Operation:
+    """An operation's implementations: `supports[backend](call)` gives None or the reason against it."""
+
+    name: str
+    supports: dict[str, Callable[[Any], str | None]]
+    prepare: Callable[..., Any] | None = None  # the public arguments -> the checked call
+    warned: set[str] = field(default_factory=set)
+
+    def choose(self, call: Any, backend: str | None = None) -> str:
+        """The backend that runs `call`; raises `Unsupported` if the named one cannot."""
+        named = _checked(backend, "backend")
+        if named is None and _forced is not None:
+            named = _checked(_forced, "SLMKERNELS_BACKEND")
+        if named is not None:
+            reason = self.supports[named](call) if named in self.supports else "it has no such kernel"
+            if reason is not None:
+                raise Unsupported(f"{self.name}: backend {named!r} cannot run this call: {reason}")
+            return named
+        reasons = {}
+        for name, supports in self.supports.items():
+            reason = supports(call)
+            if reason is None:
+                if name == "reference":
+                    self._warn_slow(reasons)
+                return name
+            reasons[name] = reason
+        raise Unsupported(f"{self.name}: no backend can run this call: {reasons}")
+
+    def _warn_slow(self, reasons: dict[str, str]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        if text not in self.warned:
+            self.warned.add(text)
+            message = f"{self.name} runs on the slow PyTorch reference ({text})"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Make an operation known to `explain`."""
+    OPERATIONS[operation.name] = operation
+    return operation
+
+
+def explain(op: Callable | str, *args, backend: str | None = None, **kwargs) -> str:
+    """Print, and return, which backend a call would run on and why the others would not. Nothing is computed.
+
+    `op` is the public function or its name; the rest are the arguments of the call. Bad arguments raise the
+    same errors that the call would.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in OPERATIONS:
+        raise ValueError(f"op is {name!r}; expected one of {', '.join(sorted(OPERATIONS))}")
+    operation = OPERATIONS[name]
+    call = operation.prepare(*args, **kwargs)
+    named = _checked(backend, "backend") or _checked(_forced, "SLMKERNELS_BACKEND")
+    lines, chosen = [], None
+    for candidate, supports in operation.supports.items():
+        reason = supports(call)
+        wanted = candidate == named or (named is None and chosen is None)
+        if reason is None and wanted:
+            chosen = candidate
+            lines.append(f"  {candidate:<10} runs" + (" (named)" if named else ""))
+        else:
+            lines.append(f"  {candidate:<10} {reason or 'could run'}")
+    head = f"{name}: {chosen or f'Unsupported, {named} was named'}"
+    report = "\n".join([head, *lines])
+    print(report)
+    return report

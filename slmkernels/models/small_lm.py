@@ -1,0 +1,274 @@
+"""A small language model on one page: embeddings, blocks of attention and SwiGLU, tied logits.
+
+Letters in the shape comments: B batch, T tokens, C channels, N hidden channels, V vocabulary.
+Text is bytes: the vocabulary is the 256 byte values. Special tokens take bytes that never occur in UTF-8
+(0xC0, 0xC1, 0xF5 to 0xFF); `DOCUMENT` is the one in use.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..nn import RMSNorm, SlidingWindowAttention
+from ..validation import expect
+
+DOCUMENT = 0xFF  # the token between two documents
+
+# Parameter counts as in the names, embeddings included.
+_FIELDS = ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden", "window", "max_seq_len")
+PRESETS: dict[str, dict[str, int]] = {
+    name: dict(zip(_FIELDS, row, strict=True))
+    for name, row in {
+        "1m": (128, 4, 4, 2, 512, 64, 2048),
+        "5m": (256, 8, 8, 4, 512, 128, 2048),
+        "15m": (384, 8, 6, 3, 1280, 128, 4096),
+        "50m": (640, 12, 10, 5, 1536, 256, 8192),
+        "125m": (768, 16, 12, 6, 2560, 512, 8192),
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class SmallLMConfig:
+    """The shape of a model. `SmallLMConfig.preset(name, **changes)` starts from a row of `PRESETS`."""
+
+    dim: int = 128  # C
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2  # divides num_heads
+    hidden: int = 512  # N, of the SwiGLU
+    pattern: str = "SSSF"  # one letter of MIXERS a layer, cycled over the layers
+    window: int = 64  # keys a query of an S layer sees, itself included
+    max_seq_len: int = 2048  # tokens the cache of an F layer holds; S layers have no limit
+    vocab_size: int = 256  # V
+    rope_base: float = 10000.0
+    qk_norm: bool = True
+    sinks: bool = False
+    softcap: float | None = None  # of the attention scores
+
+    def __post_init__(self):
+        for name in (*_FIELDS, "vocab_size"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 1, name, value, "an int >= 1")
+        expect(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
+        divides = self.num_heads % self.num_kv_heads == 0
+        expect(divides, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads {self.num_heads}")
+        known = ", ".join(f"{letter} ({build.__doc__})" for letter, build in MIXERS.items())
+        some = isinstance(self.pattern, str) and self.pattern != ""
+        expect(some, "pattern", self.pattern, f"letters of {known}")
+        for letter in self.pattern:
+            expect(letter in MIXERS, "pattern", self.pattern, f"letters of {known}, not {letter!r}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "SmallLMConfig":
+        """The configuration `PRESETS[name]` with some fields changed."""
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def layers(self) -> str:
+        """The letter of every layer: the pattern, cycled."""
+        return "".join(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+
+def _attention(config: SmallLMConfig, window: int | None) -> SlidingWindowAttention:
+    return SlidingWindowAttention(
+        config.dim,
+        config.num_heads,
+        config.num_kv_heads,
+        window=window,
+        rope_base=config.rope_base,
+        qk_norm=config.qk_norm,
+        sinks=config.sinks,
+        softcap=config.softcap,
+    )
+
+
+def _sliding(config: SmallLMConfig) -> nn.Module:
+    """sliding-window attention"""
+    return _attention(config, config.window)
+
+
+def _full(config: SmallLMConfig) -> nn.Module:
+    """full attention"""
+    return _attention(config, None)
+
+
+# What a letter of the pattern builds: a module x [B, T, C] -> [B, T, C] that takes cache= and cu_seqlens=,
+# has new_cache(batch, max_length), and whose last projection is `out`.
+MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {"S": _sliding, "F": _full}
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate) * up)`. Both weights: normal, std `in_features ** -0.5`. Source: Shazeer 2020."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+        for linear in (self.gate_up, self.out):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, N] each
+        return self.out(F.silu(gate) * up)  # [B, T, C]
+
+
+class Block(nn.Module):
+    """One layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`. Norm weights start at 1."""
+
+    def __init__(self, config: SmallLMConfig, letter: str):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.dim)
+        self.mixer = MIXERS[letter](config)
+        self.mlp_norm = RMSNorm(config.dim)
+        self.mlp = SwiGLU(config.dim, config.hidden)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, cache=None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, cache=cache)  # [B, T, C]
+        return x + self.mlp(self.mlp_norm(x))  # [B, T, C]
+
+
+class SmallLM(nn.Module):
+    """Byte-level language model with tied embeddings.
+
+    Initial values: embedding normal, std 0.02, so that the first loss is ln V; every projection normal, std
+    `in_features ** -0.5`, where it ends in the residual stream (`mixer.out`, `mlp.out`) divided by
+    `sqrt(2 * num_layers)`, so that the stream's variance does not grow with depth (GPT-2); norms 1; sinks 0.
+
+    Args:
+        config: the shape.
+        checkpoint_activations: keep only each layer's input for the backward and compute the rest again.
+
+    Kernels are chosen per call; `slmkernels.use_backend` forces one.
+    """
+
+    def __init__(self, config: SmallLMConfig, *, checkpoint_activations: bool = False):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm = RMSNorm(config.dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        with torch.no_grad():
+            for block in self.blocks:
+                for linear in (block.mixer.out, block.mlp.out):
+                    linear.weight /= (2 * config.num_layers) ** 0.5
+
+    def num_parameters(self) -> int:
+        """Parameters, embeddings included (tied, so counted once)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden_states(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, caches: list | None = None
+    ) -> Tensor:
+        """Everything but the logits: tokens `[B, T]` -> `[B, T, C]`."""
+        x = self.embedding(tokens)  # [B, T, C]
+        for i, block in enumerate(self.blocks):
+            if caches is not None:
+                x = block(x, cache=caches[i])
+            elif self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens)
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states `[..., C]` -> scores of the next token `[..., V]`."""
+        return F.linear(x, self.embedding.weight)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Score the next token everywhere.
+
+        Args:
+            tokens: integer `[B, T]`.
+            targets: `[B, T]`, the token after each; -100 is left out of the loss.
+            cu_seqlens: int32 `[N+1]`, documents packed along T (B must be 1).
+
+        Returns:
+            logits `[B, T, V]`; with targets also the mean cross-entropy in nats, float32.
+        """
+        self._check_tokens("tokens", tokens)
+        logits = self.logits(self.hidden_states(tokens, cu_seqlens))  # [B, T, V]
+        if targets is None:
+            return logits
+        expect(targets.shape == tokens.shape, "targets", targets, f"shape {list(tokens.shape)} like tokens")
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def new_caches(self, batch: int, max_length: int | None = None) -> list:
+        """One empty cache a layer. Those of S layers hold `window` tokens, those of F layers `max_length`."""
+        return [block.mixer.new_cache(batch, max_length or self.config.max_seq_len) for block in self.blocks]
+
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue a prompt, token by token, as an iterator: `for token in model.generate(...)`.
+
+        Args:
+            prompt: integer `[B, T]`, T >= 1.
+            max_new_tokens: how many tokens to yield. Memory does not depend on it, except in F layers, whose
+                caches keep every token: there T + max_new_tokens must not pass `config.max_seq_len`.
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+            top_k: sample among the k likeliest only.
+            generator: source of randomness, on the model's device; torch's own if None.
+
+        Yields:
+            the next tokens, int64 `[B]`.
+
+        Raises:
+            ValueError: an argument is not as above, at the call and not at the first token.
+        """
+        self._check_tokens("prompt", prompt)
+        T = prompt.shape[1]
+        expect(T >= 1, "prompt", prompt, "at least one token a row")
+        expect(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "an int >= 0")
+        expect(temperature >= 0, "temperature", temperature, "a number >= 0")
+        expect(top_k is None or top_k >= 1, "top_k", top_k, "an int >= 1 or None")
+        limit = self.config.max_seq_len
+        if "F" in self.config.layers and T + max_new_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens} after a prompt of {T}; expected at most "
+                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S layers any)"
+            )
+        return self._stream(prompt, max_new_tokens, temperature, top_k, generator)
+
+    @torch.no_grad()
+    def _stream(self, tokens, max_new_tokens, temperature, top_k, generator) -> Iterator[Tensor]:
+        caches = self.new_caches(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        for _ in range(max_new_tokens):
+            x = self.hidden_states(tokens, caches=caches)[:, -1]  # [B, C]
+            token = sample(self.logits(x).float(), temperature, top_k, generator)  # [B]
+            yield token
+            tokens = token[:, None]  # [B, 1]
+
+    def _check_tokens(self, name: str, tokens: Tensor) -> None:
+        expect(isinstance(tokens, Tensor), name, tokens, "an integer tensor [B, T]", TypeError)
+        integer = tokens.dtype in (torch.int64, torch.int32)
+        expect(integer and tokens.ndim == 2, name, tokens, "int64 or int32 of shape [B, T]")
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw one token a row from logits `[B, V]` -> int64 `[B]`; the likeliest at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    p = torch.softmax(logits / temperature, dim=-1)  # [B, V]
+    return torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -1,0 +1,56 @@
+"""Loads the native libraries. What is absent leaves a reason in `REASONS`, never a crash.
+
+`_C_cpu` holds operators behind torch's stable ABI; `_host` is a pybind11 module that looks into it
+(build facts, CPU features, instruction-set tier, window geometry).
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parent
+REASONS: dict[str, str] = {}  # library -> why it is absent
+
+
+def _build_report() -> dict[str, str]:
+    """What setup.py wrote about this installation: library -> 'built' or why it was left out."""
+    path = PACKAGE / "_build_report.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(name: str) -> bool:
+    matches = sorted(PACKAGE.glob(f"{name}.*so")) + sorted(PACKAGE.glob(f"{name}.*pyd"))
+    if not matches:
+        REASONS[name] = _build_report().get(name, "not built; run `pip install .` where a C++ compiler is")
+        return False
+    try:
+        torch.ops.load_library(str(matches[0]))
+    except OSError as error:
+        REASONS[name] = f"{matches[0].name} does not load: {error}"
+        return False
+    return True
+
+
+def _load_host():
+    """The `_host` module; it links against `_C_cpu`, so only where that one is loaded."""
+    try:
+        return importlib.import_module("slmkernels._host") if HAS_CPU else None
+    except ImportError as error:
+        REASONS["_host"] = str(error)
+        return None
+
+
+HAS_CPU = _load("_C_cpu")
+HAS_CUDA = torch.cuda.is_available() and _load("_C_cuda")
+host = _load_host()
+
+
+def reason_against(device: torch.device) -> str | None:
+    """None where native kernels can run on `device`, else why not."""
+    if device.type == "cpu":
+        return None if HAS_CPU else REASONS["_C_cpu"]
+    if device.type == "cuda":
+        return None if HAS_CUDA else REASONS.get("_C_cuda", "torch sees no CUDA device")
+    return f"device {device} has no native kernels (cpu and cuda have)"

@@ -1,0 +1,1 @@
+"""One folder per operation; inside, the same rooms: reference, function, triton_kernels, step."""

@@ -1,0 +1,225 @@
+"""`sliding_window_attention`: the public function, its checks, its autograd, its choice of backend."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import native
+from ...dispatch import Operation, register
+from ...validation import check_cu_seqlens, check_float_tensor, check_like, expect
+from . import reference, triton_kernels
+
+Window = int | tuple[int | None, int | None] | None
+
+
+class Call(NamedTuple):
+    """A checked call: window as (left, right), None = unbounded; everything else as the user gave it."""
+
+    q: Tensor  # [B, T, Hq, D]
+    k: Tensor  # [B, S, H, D]
+    v: Tensor  # [B, S, H, Dv]
+    sinks: Tensor | None  # [Hq]
+    cu_seqlens: Tensor | None  # [N+1]
+    cu_seqlens_k: Tensor | None  # [N+1]
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+
+
+def window_bounds(window: Window, causal: bool) -> tuple[int | None, int | None]:
+    """The `window` argument as (left, right): query i sees i - left <= j <= i + right, None for no bound."""
+    is_pair = isinstance(window, (tuple, list)) and len(window) == 2
+    expected = "None, an int >= 1, or a pair (left, right) of ints >= 0 or None"
+    expect(window is None or is_pair or type(window) is int, "window", window, expected, TypeError)
+    if type(window) is int:
+        expect(window >= 1, "window", window, expected)
+        hint = "a pair (left, right) when causal=False; an int counts the keys behind a causal query"
+        expect(causal, "window", window, hint)
+        return window - 1, 0
+    left, right = window if is_pair else (None, None)
+    for side in (left, right):
+        expect(side is None or type(side) is int, "window", window, expected, TypeError)
+        expect(side is None or side >= 0, "window", window, expected)
+    return left, (0 if causal else right)
+
+
+def _number(name: str, value, positive: bool = False) -> float:
+    expected = "a finite number" + (" > 0" if positive else "")
+    expect(isinstance(value, (int, float)) and type(value) is not bool, name, value, expected, TypeError)
+    expect(abs(value) < float("inf") and (value > 0 or not positive), name, value, expected)
+    return float(value)
+
+
+def prepare(
+    q, k, v, *, window=None, causal=True, scale=None, softcap=None, sinks=None,
+    cu_seqlens=None, cu_seqlens_k=None, return_lse=False, backend=None,
+) -> Call:  # fmt: skip
+    """Check the public arguments and normalise them; the errors a user sees come from here."""
+    check_float_tensor("q", q, 4, "[B, T, Hq, D]")
+    check_float_tensor("k", k, 4, "[B, S, Hkv, D]")
+    check_float_tensor("v", v, 4, "[B, S, Hkv, Dv]")
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(low), k.to(low), v.to(low)
+    for name, x in (("k", k), ("v", v)):
+        check_like(name, x, "q", q)
+        expect(x.shape[0] == q.shape[0], name, x, f"batch {q.shape[0]} like q")
+    B, T, Hq, D = q.shape
+    S, H = k.shape[1], k.shape[2]
+    expect(D >= 1, "q", q, "a head dimension of at least 1")
+    expect(k.shape[3] == D, "k", k, f"head dimension {D} like q")
+    expect(v.shape[1] == S and v.shape[2] == H, "v", v, f"[{B}, {S}, {H}, Dv] to go with k")
+    expect(H >= 1 and Hq % H == 0, "q", q, f"a number of heads that k's {H} heads divide")
+    left, right = window_bounds(window, causal)
+    scale = D**-0.5 if scale is None else _number("scale", scale)
+    softcap = None if softcap is None else _number("softcap", softcap, positive=True)
+    if sinks is not None:
+        check_float_tensor("sinks", sinks, 1, "[Hq]")
+        expect(sinks.shape[0] == Hq, "sinks", sinks, f"shape [{Hq}], one logit per query head")
+        expect(sinks.device == q.device, "sinks", sinks, f"q's device {q.device}")
+    if cu_seqlens is not None:
+        expect(B == 1, "q", q, "batch 1 with cu_seqlens (sequences are packed along T)")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, T, q.device)
+    if cu_seqlens_k is not None:
+        expect(cu_seqlens is not None, "cu_seqlens_k", cu_seqlens_k, "cu_seqlens beside it")
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, S, q.device)
+        same = cu_seqlens_k.shape == cu_seqlens.shape
+        expect(same, "cu_seqlens_k", cu_seqlens_k, f"as many sequences as cu_seqlens, {cu_seqlens.shape[0] - 1}")
+    elif cu_seqlens is not None:
+        expect(S == T, "k", k, f"length {T} like q, or cu_seqlens_k")
+    return Call(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
+
+
+def _native_reason(call: Call) -> str | None:
+    if call.q.device.type == "cuda":
+        return native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+    return native.reason_against(call.q.device)
+
+
+OPERATION = register(
+    Operation(
+        "sliding_window_attention",
+        supports={
+            "native": _native_reason,
+            "triton": triton_kernels.reason_against,
+            "reference": lambda call: None,
+        },
+        prepare=prepare,
+    )
+)
+
+
+def _unbounded(side: int | None) -> int:
+    return -1 if side is None else side  # the operators' schema has no optional int that costs nothing
+
+
+class SlidingWindowAttention(torch.autograd.Function):
+    """Forward and backward over the operators of one backend; saves q, k, v, o and lse, nothing of size T x S."""
+
+    @staticmethod
+    def forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap, prefix):
+        op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_forward").default
+        return op(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, sinks, cu_seqlens, cu_seqlens_k, *ctx.options, ctx.prefix = inputs
+        ctx.save_for_backward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, sinks, cu_seqlens, cu_seqlens_k, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}sliding_window_backward").default
+        dq, dk, dv, dsinks = op(
+            do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, *ctx.options
+        )
+        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: Window = None,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over a window of keys, forward and backward, in time linear in the sequence length.
+
+    Args:
+        q: queries `[B, T, Hq, D]`, float32, bfloat16, float16 or float64. Query t stands at position
+            `i = t + S - T` (bottom-right alignment).
+        k, v: keys `[B, S, Hkv, D]` and values `[B, S, Hkv, Dv]`, like q; Hkv divides Hq (GQA, MQA).
+        window: an int W (causal only): the W keys `i-W < j <= i`, itself included. A pair (left, right),
+            inclusive: `i-left <= j <= i+right`, None for no bound on a side; causal caps right at 0.
+            None: no bound.
+        causal: keys after the query's position are hidden.
+        scale: factor of the scores, `D ** -0.5` if None.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        sinks: `[Hq]`, one learned logit a head that joins the softmax's denominator (and lse) only.
+        cu_seqlens: int32 `[N+1]`, offsets of N sequences packed along T (B must be 1); nothing crosses a
+            boundary, empty sequences are legal.
+        cu_seqlens_k: the same for the keys where they differ from the queries'.
+        return_lse: also return the log of the softmax's denominator.
+        backend: None (best that supports the call), "native", "triton" or "reference".
+
+    Returns:
+        o `[B, T, Hq, Dv]` in q's dtype, and with `return_lse` also lse `[B, Hq, T]` in float32 (float64 for
+        float64 inputs). A row that sees no key: o = 0, lse = -inf. Both are differentiable, once.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        Unsupported: the named backend cannot run this call.
+
+    Source: Beltagy et al. 2020 (Longformer), section 3.1; Dao 2023 (FlashAttention-2), section 3.
+    """
+    call = prepare(
+        q, k, v, window=window, causal=causal, scale=scale, softcap=softcap, sinks=sinks,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    chosen = OPERATION.choose(call, backend)
+    if chosen == "reference":
+        o, lse = reference.sliding_window_attention(
+            *call[:6], left=call.left, right=call.right, scale=call.scale, softcap=call.softcap
+        )
+    else:
+        if sinks is not None:  # statistics are float32 at least
+            call = call._replace(sinks=sinks.to(torch.promote_types(call.q.dtype, torch.float32)))
+        bounds = _unbounded(call.left), _unbounded(call.right)
+        prefix = "triton_" if chosen == "triton" else ""
+        o, lse = SlidingWindowAttention.apply(*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)
+    return (o, lse) if return_lse else o
+
+
+def _fake_forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap):
+    B, T, Hq, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, T, Hq, v.shape[-1]), q.new_empty(B, Hq, T, dtype=dtype)
+
+
+def _fake_backward(
+    do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap
+):
+    def like(x):
+        return x.new_empty(x.shape)  # contiguous, whatever x's strides
+
+    return like(q), like(k), like(v), lse.new_empty(q.shape[2] if sinks is not None else 0)
+
+
+for _prefix in ("",) * native.HAS_CPU + ("triton_",):
+    torch.library.register_fake(f"slmkernels::{_prefix}sliding_window_forward", _fake_forward)
+    torch.library.register_fake(f"slmkernels::{_prefix}sliding_window_backward", _fake_backward)

@@ -1,0 +1,188 @@
+"""Decoding: a ring of the last W keys and values, and attention of new tokens over it, in constant memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...dispatch import Operation, register
+from ...validation import FLOATS, check_float_tensor, check_like, describe, expect
+from . import reference, triton_kernels
+from .function import _number, sliding_window_attention
+
+FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
+
+
+class RingCache:
+    """The last `window` keys and values of each sequence; the slot of token p is `p % window`.
+
+    Attributes:
+        k, v: rings `[B, H, W, D]` and `[B, H, W, Dv]`.
+        position: int64 `[B, H]`, tokens seen so far; a counter for each program of a decode kernel, so that
+            one launch may read and advance it without a race.
+
+    Raises:
+        TypeError, ValueError: a size below 1 or a dtype that is not a float.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        window: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {"batch": batch, "window": window, "kv_heads": kv_heads}
+        for name, size in {**sizes, "head_dim": head_dim, "v_head_dim": v_head_dim}.items():
+            expect(type(size) is int, name, size, "an int", TypeError)
+            expect(size >= (0 if name == "batch" else 1), name, size, "at least 1")
+        expect(dtype in FLOATS, "dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
+        rows = (batch, kv_heads, window)
+        self.k = torch.zeros(*rows, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*rows, v_head_dim, dtype=dtype, device=device)
+        self.position = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
+
+    @property
+    def window(self) -> int:
+        """W, the number of keys a query sees, itself included."""
+        return self.k.shape[2]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far. Waits for the device on CUDA."""
+        return int(self.position[0, 0]) if self.position.numel() else 0
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.position.zero_()
+
+    def last(self, n: int) -> tuple[Tensor, Tensor]:
+        """The last n keys and values in order of time, `[B, n, H, D]`; n at most min(length, window)."""
+        slots = torch.arange(self.length - n, self.length, device=self.k.device) % self.window
+        return self.k[:, :, slots].transpose(1, 2), self.v[:, :, slots].transpose(1, 2)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write k, v `[B, n, H, D]` behind what is there; what falls out of the window is overwritten."""
+        n, kept = k.shape[1], min(k.shape[1], self.window)
+        first = self.length + n - kept
+        slots = torch.arange(first, first + kept, device=k.device) % self.window
+        self.k[:, :, slots] = k[:, n - kept :].transpose(1, 2)
+        self.v[:, :, slots] = v[:, n - kept :].transpose(1, 2)
+        self.position += n
+
+    def __repr__(self) -> str:
+        return f"RingCache(k={describe(self.k)}, v={describe(self.v)})"
+
+
+class StepCall(NamedTuple):
+    """A checked decode step."""
+
+    q: Tensor  # [B, n, Hq, D]
+    k: Tensor  # [B, n, H, D]
+    v: Tensor  # [B, n, H, Dv]
+    cache: RingCache
+    sinks: Tensor | None  # [Hq]
+    scale: float
+    softcap: float | None
+
+
+def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=None) -> StepCall:
+    """Check the public arguments; the errors a user sees come from here."""
+    expect(isinstance(cache, RingCache), "cache", cache, "a RingCache", TypeError)
+    check_float_tensor("q", q, 4, "[B, n, Hq, D]")
+    check_float_tensor("k", k, 4, "[B, n, Hkv, D]")
+    check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
+    B, H, _, D = cache.k.shape
+    n, Hq = q.shape[1], q.shape[2]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_like(name, x, "cache", cache.k)
+        grad = torch.is_grad_enabled() and x.requires_grad
+        expect(not grad, name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
+    expect(q.shape[0] == B and q.shape[3] == D, "q", q, f"[{B}, n, Hq, {D}] to go with the cache")
+    expect(Hq % H == 0, "q", q, f"a number of heads that the cache's {H} heads divide")
+    expect(k.shape == (B, n, H, D), "k", k, f"shape {[B, n, H, D]}")
+    expect(v.shape == (B, n, H, cache.v.shape[3]), "v", v, f"shape {[B, n, H, cache.v.shape[3]]}")
+    if sinks is not None:
+        check_float_tensor("sinks", sinks, 1, "[Hq]")
+        expect(sinks.shape[0] == Hq, "sinks", sinks, f"shape [{Hq}], one logit per query head")
+        expect(sinks.device == q.device, "sinks", sinks, f"q's device {q.device}")
+    scale = D**-0.5 if scale is None else _number("scale", scale)
+    softcap = None if softcap is None else _number("softcap", softcap, positive=True)
+    return StepCall(q, k, v, cache, sinks, scale, softcap)
+
+
+def _native_reason(call: StepCall) -> str | None:
+    if call.q.device.type == "cuda":
+        return native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+    return native.reason_against(call.q.device)
+
+
+OPERATION = register(
+    Operation(
+        "sliding_window_attention_step",
+        supports={
+            "native": _native_reason,
+            "triton": triton_kernels.reason_against,
+            "reference": lambda call: None,
+        },
+        prepare=prepare,
+    )
+)
+
+
+def sliding_window_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: RingCache,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Append n >= 1 tokens to a `RingCache` and attend; equals the full causal call, for any split into steps.
+
+    Args:
+        q: `[B, n, Hq, D]`, k `[B, n, Hkv, D]`, v `[B, n, Hkv, Dv]`: the new tokens, in the cache's dtype.
+        cache: updated in place. Its `window` is the W of `sliding_window_attention(window=W)`.
+        scale, softcap, sinks, backend: as in `sliding_window_attention`.
+
+    Returns:
+        o `[B, n, Hq, Dv]`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. The cache is left as it was.
+        Unsupported: the named backend cannot run this call.
+    """
+    call = prepare(q, k, v, cache, scale=scale, softcap=softcap, sinks=sinks)
+    chosen = OPERATION.choose(call, backend)
+    if q.shape[1] > FEW_TOKENS:
+        past_k, past_v = cache.last(min(cache.length, cache.window - 1))
+        keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
+        o = sliding_window_attention(
+            q, keys, values, window=cache.window, scale=scale, softcap=softcap, sinks=sinks, backend=chosen
+        )
+        cache.append(k, v)
+        return o
+    if chosen == "reference":
+        op = reference.sliding_window_attention_step
+        return op(q, k, v, cache.k, cache.v, cache.position, sinks, call.scale, call.softcap)
+    if sinks is not None:  # statistics are float32 at least
+        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+    prefix = "triton_" if chosen == "triton" else ""
+    op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_step").default
+    return op(q, k, v, cache.k, cache.v, cache.position, sinks, call.scale, call.softcap or 0.0)
+
+
+if native.HAS_CPU:
+
+    @torch.library.register_fake("slmkernels::sliding_window_step")
+    def _fake_step(q, k, v, k_ring, v_ring, position, sinks, scale, softcap):
+        return q.new_empty(*q.shape[:3], v.shape[-1])

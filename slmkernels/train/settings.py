@@ -1,0 +1,68 @@
+"""What decides a run, in one dataclass; the command line's options are made from it."""
+
+from dataclasses import dataclass, field
+
+from ..models import SmallLMConfig
+from ..models.small_lm import PRESETS
+from ..validation import expect
+
+
+def _option(default, text: str, kind: type | None = None):
+    return field(default=default, metadata={"help": text, "type": kind or type(default)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. Two runs of equal settings on the same machine and data compute the same bits.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    preset: str = _option("1m", f"model size: {', '.join(PRESETS)}")
+    pattern: str = _option("SSSF", "one letter a layer, cycled: S sliding window, F full attention")
+    window: int | None = _option(None, "keys a query of an S layer sees (default: the preset's)", int)
+    data: tuple[str, ...] = _option(
+        (), "UTF-8 files, globs, or folders (*.txt, *.md, *.py below them) (default: Python's own library)"
+    )
+    steps: int = _option(300, "optimizer steps; the learning rate falls to a tenth over them")
+    batch_size: int = _option(16, "sequences of a micro-batch")
+    seq_len: int = _option(256, "bytes of a sequence")
+    accumulate: int = _option(1, "micro-batches of a step")
+    lr: float | None = _option(None, "peak learning rate (default: 0.5 / the model's width)", float)
+    warmup: int = _option(20, "steps over which the learning rate rises")
+    weight_decay: float = _option(0.1, "AdamW's, on matrices only")
+    clip: float = _option(1.0, "largest norm of the gradient")
+    seed: int = _option(0, "of the initial values and of the batches")
+    dtype: str = _option("float32", "float32, or bfloat16 by autocast")
+    eval_every: int = _option(100, "steps between two validations")
+    eval_tokens: int = _option(65536, "bytes of held-out text a validation reads")
+    log_every: int = _option(10, "steps between two lines of metrics.jsonl")
+    save_every: int = _option(100, "steps between two checkpoints")
+
+    def __post_init__(self):
+        sizes = ("batch_size", "seq_len", "accumulate", "eval_tokens")
+        for name in ("steps", "eval_every", "log_every", "save_every", *sizes):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 1, name, value, "an int >= 1")
+        for name in ("warmup", "seed"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 0, name, value, "an int >= 0")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            default = name == "lr" and value is None
+            expect(default or 0 < value < float("inf"), name, value, "a finite number > 0")
+        decay = self.weight_decay
+        expect(0 <= decay < float("inf"), "weight_decay", decay, "a finite number >= 0")
+        expect(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "'float32' or 'bfloat16'")
+        self.model_config()
+
+    def model_config(self) -> SmallLMConfig:
+        """The model these settings train."""
+        changes = {"pattern": self.pattern} | ({} if self.window is None else {"window": self.window})
+        return SmallLMConfig.preset(self.preset, **changes)
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, or by default what AdamW stands for matrices of this width."""
+        return 0.5 / self.model_config().dim if self.lr is None else self.lr

@@ -1,0 +1,216 @@
+"""The benchmark's promises: no speed-up without a passed check, reasons for absent peers, honest ratios."""
+
+import contextlib
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import memory, report, runner
+from benchmarks.__main__ import main
+from benchmarks.cases import OURS, Candidate, Run, Unavailable, registry, select
+from benchmarks.check import Check, Expected
+from benchmarks.peers import FLEX_BLOCK, flex_block_mask
+from benchmarks.sliding_window import SHAPES, Shape, attention_case
+from slmkernels.ops.sliding_window.reference import visible
+
+CPU = torch.device("cpu")
+SMALL = registry(small=True)
+FORWARD = SMALL["sliding_window/standard/forward/fp32"]
+BACKWARD = SMALL["sliding_window/standard/forward_backward/fp32"]
+ENVIRONMENT = {"cpu": "a processor", "threads": 1, "torch": "2.13"}
+GOOD, BAD = Check(1e-7, 1e-6, "o"), Check(1e-3, 1e-6, "o")
+
+
+def measured(name, *samples, check=GOOD):
+    return runner.Measurement(name, check=check, samples=list(samples))
+
+
+def result(*measurements):
+    return runner.Result(FORWARD, "reference", 1e9, list(measurements))
+
+
+def printed(data):
+    console = Console(file=io.StringIO(), width=140)
+    report.print_result(console, data)
+    return console.file.getvalue()
+
+
+def broken(candidate, output):
+    """The candidate with one of its results doubled."""
+
+    def prepare(inputs):
+        run = candidate.prepare(inputs)
+        return Run(lambda: tuple(x * 2 if i == output else x for i, x in enumerate(run.call())), run.ours)
+
+    return Candidate(candidate.name, prepare)
+
+
+def measure(case, **options):
+    return runner.measure(case, CPU, 1e9, rounds=2, **{"with_memory": False, **options})
+
+
+def without_compilers(case):
+    return replace(case, peers=tuple(peer for peer in case.peers if not peer.compiles))
+
+
+def test_speedup_is_the_ratio_of_medians_and_of_minima():
+    ours, peer = measured(OURS, 2.0, 1.0, 9.0), measured("peer", 8.0, 6.0, 5.0)
+    assert result(ours, peer).speedup(peer) == (3.0, 5.0)
+    assert result(ours, peer).speedup(ours) is None
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(BAD, GOOD), (GOOD, BAD), (Check(math.nan, 1e-6, "o"), GOOD)])
+def test_no_speedup_without_two_passed_checks(ours, theirs):
+    pair = result(measured(OURS, 1.0, check=ours), measured("peer", 2.0, check=theirs))
+    assert pair.speedup(pair.measurements[1]) is None
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_wrong_results_show_wrong_and_no_speedup(output):
+    case = without_compilers(replace(BACKWARD, ours=broken(BACKWARD.ours, output)))
+    found = measure(case)
+    assert found.ours.check.output == case.outputs[output]
+    data = report.to_json(ENVIRONMENT, [found])["results"][0]
+    assert data["candidates"][0]["status"] == "wrong"
+    assert data["candidates"][0]["of_matmul_rate"] is None
+    assert all(candidate["speedup"] is None for candidate in data["candidates"])
+    assert "WRONG" in printed(data)
+
+
+def test_ours_is_checked_at_the_small_size_too():
+    wrong_there = replace(FORWARD, ours=broken(FORWARD.ours, 0))
+    assert not measure(without_compilers(FORWARD), small=wrong_there).ours.correct
+
+
+def test_absent_and_failing_peers_leave_a_reason():
+    def absent(inputs):
+        raise Unavailable("not here")
+
+    def fails(inputs):
+        return Run(lambda: 1 / 0)
+
+    case = replace(FORWARD, peers=(Candidate("absent", absent), Candidate("fails", fails)))
+    found = measure(case)
+    assert [m.reason for m in found.measurements] == [None, "not here", "ZeroDivisionError: division by zero"]
+    assert found.ours.samples
+    text = printed(report.to_json(ENVIRONMENT, [found])["results"][0])
+    assert "absent: not here" in text
+
+
+def test_ours_absent_fails_the_run_but_prints():
+    found = result(runner.Measurement(OURS, reason="no kernel"), measured("peer", 1.0))
+    data = report.to_json(ENVIRONMENT, [found])["results"][0]
+    assert data["candidates"][0]["status"] == "absent"
+    assert "no kernel" in printed(data)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_every_case_passes_its_check_with_every_peer_at_hand(name):
+    case = without_compilers(SMALL[name])
+    expected, ran = Expected.of(case, case.inputs(CPU)), []
+    for candidate in case.candidates:
+        with contextlib.suppress(Unavailable):
+            check, _ = expected.check(candidate)
+            assert check.passed, (candidate.name, check)
+            ran.append(candidate.name)
+    assert ran[0] == OURS
+    assert len(ran) > 1, "a case without a peer says nothing"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_pairs_counts_the_visible_keys(shape):
+    small = shape.small()
+    assert small.pairs() == visible(small.T, small.T, *small.bounds).sum().item()
+
+
+@pytest.mark.parametrize("bounds", [(255, 0), (None, 0), (128, 128), (0, 0), (300, None), (1, 130)])
+@pytest.mark.parametrize("T", [128, 512, 700])
+def test_flex_blocks_cover_the_window(T, bounds):
+    mask = flex_block_mask(T, *bounds, CPU)
+    n = -(-T // FLEX_BLOCK)
+    dense = torch.zeros(n * FLEX_BLOCK, n * FLEX_BLOCK, dtype=torch.bool)
+    dense[:T, :T] = visible(T, T, *bounds)
+    blocks = dense.view(n, FLEX_BLOCK, n, FLEX_BLOCK)
+    whole, some = blocks.all(dim=3).all(dim=1), blocks.any(dim=3).any(dim=1)
+    listed = mask.to_dense()[0, 0].bool()
+    assert torch.equal(listed, some)
+    full = [
+        set(row[:k].tolist())
+        for row, k in zip(mask.full_kv_indices[0, 0], mask.full_kv_num_blocks[0, 0], strict=True)
+    ]
+    assert full == [set(row.nonzero().flatten().tolist()) for row in whole]
+
+
+def test_last_rows_check_sees_an_error_in_any_gradient():
+    shape = Shape(T=1100, Hq=4, H=2, D=16, window=70)
+    assert shape.checked_rows < shape.T
+    long = attention_case("long", shape, "forward_backward", "fp32")
+    expected = Expected.of(long, long.inputs(CPU))
+    assert expected.check(long.ours)[0].passed
+    for output in range(4):
+        assert not expected.check(broken(long.ours, output))[0].passed
+
+
+def test_measured_memory_grows_with_scratch():
+    try:
+        found = memory.measure(FORWARD, [OURS, "SDPA band mask"], CPU, small=True)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert set(found) == {OURS, "SDPA band mask"}
+    assert all(isinstance(size, int) and size >= 0 for size in found.values())
+
+
+def test_memory_sees_what_torch_does_not_allocate():
+    if not memory.RESET_PEAK.exists():
+        pytest.skip("needs Linux's /proc")
+
+    def scratch():
+        bytearray(b"1" * 2**26)
+        return ()
+
+    assert memory._cpu_growth(scratch) > 2**25
+
+
+def test_select_takes_globs_prefixes_and_dtypes():
+    assert set(select(SMALL, ["sliding_window/decode"], ["fp32"])) == {"sliding_window/decode/step/fp32"}
+    assert all("/forward/" in name for name in select(SMALL, ["*/forward/*"], []))
+    assert select(SMALL, [], []) == SMALL
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        select(SMALL, ["nothing"], [])
+
+
+def test_command_line_writes_json_tables_and_figures(tmp_path, capsys):
+    case = "sliding_window/decode/step/fp32"
+    assert main([case, "--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    run = json.loads((tmp_path / "results.json").read_text())
+    assert run["schema"] == report.SCHEMA
+    assert {"date", "commit", "torch", "triton", "cpu", "isa", "threads"} <= set(run["environment"])
+    ours, peer = run["results"][0]["candidates"]
+    assert run["results"][0]["case"] == case
+    assert (ours["name"], ours["status"], ours["rounds"]) == (OURS, "ok", 2)
+    assert ours["max_error"] <= ours["allowed_error"]
+    assert peer["speedup"]["medians"] == pytest.approx(peer["median_s"] / ours["median_s"])
+    assert peer["speedup"]["minima"] == pytest.approx(peer["min_s"] / ours["min_s"])
+    figures = {path.name for path in tmp_path.glob("sliding_window_attention_step.*")}
+    assert figures == {"sliding_window_attention_step.svg", "sliding_window_attention_step.png"}
+    assert case in (tmp_path / "results.txt").read_text()
+    capsys.readouterr()
+    assert main(["--load", str(tmp_path / "results.json")]) == 0
+    assert case in capsys.readouterr().out
+
+
+def test_nan_becomes_null_in_json(tmp_path):
+    run = report.to_json(ENVIRONMENT, [result(measured(OURS, 1.0, check=Check(math.nan, 1.0, "o")))])
+    report.write_json(run, tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())["results"][0]["candidates"][0]["max_error"] is None
+
+
+def test_command_line_rejects_unknown_cases(capsys):
+    with pytest.raises(SystemExit):
+        main(["no/such/case"])
+    assert "no case matches" in capsys.readouterr().err

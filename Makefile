@@ -70,7 +70,7 @@ sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour 
 	cd $(ASAN_TREE) && OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(CURDIR)/$(PY) -m pytest -q -m "not slow" $(SANITIZE_ARGS) $(SANITIZED_TESTS)
+		$(abspath $(PY)) -m pytest -q -m "not slow" $(SANITIZE_ARGS) $(SANITIZED_TESTS)
 
 aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, without a GPU
 	$(PYTEST) tests/test_triton_aot.py

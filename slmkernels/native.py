@@ -6,6 +6,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -54,3 +55,6 @@ def reason_against(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if HAS_CUDA else REASONS.get("_C_cuda", "torch sees no CUDA device")
     return f"device {device} has no native kernels (cpu and cuda have)"
+
+if host is not None and host.isa_complaint():
+    raise ValueError(f"SLMKERNELS_CPU_ISA is {os.environ['SLMKERNELS_CPU_ISA']!r}: {host.isa_complaint()}")

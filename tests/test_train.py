@@ -124,7 +124,7 @@ def curve(corpus, backend, steps):
 @pytest.mark.parametrize("steps", [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_loss_curves_of_kernels_and_reference_overlap(corpus, steps):
     ours, reference = curve(corpus, "native", steps), curve(corpus, "reference", steps)
-    assert (ours - reference).abs().max() < 1e-4  # measured: 3e-6; an ulp more in the embedding gives 7e-6
+    assert (ours - reference).abs().max() < 1e-4  # measured: 5e-7, as an ulp in the embedding gives
     assert reference[-1] < reference[0] - 1
 
 

@@ -41,7 +41,8 @@ struct Band {
     }
 
     static constexpr Range clip(Range x, Range bounds) {
-        const int64_t begin = x.begin < bounds.begin ? bounds.begin : x.begin;
+        const int64_t low = x.begin < bounds.begin ? bounds.begin : x.begin;
+        const int64_t begin = low > bounds.end ? bounds.end : low;
         const int64_t end = x.end > bounds.end ? bounds.end : x.end;
         return {begin, end < begin ? begin : end};
     }
@@ -49,6 +50,7 @@ struct Band {
 
 // A run: consecutive keys that are seen by the same vectors of a block of query lanes. Lane l of the
 // block stands at position i0 + l; vectors [v.begin, v.end) hold the lanes that see any key of the run.
+// Lanes past the block's last query may hold anything.
 struct Run {
     Range j, v;
     bool masked;  // some lane of those vectors does not see some key of the run
@@ -64,7 +66,7 @@ inline Run next_run(const Band& band, int64_t i0, int64_t lanes, int64_t width, 
         const Range seen = band.queries(keys, all);
         v = {(seen.begin - i0) / width, (seen.end - i0 + width - 1) / width};
         if (seen.size() == 0) v = {0, 0};
-        return !band.full({i0 + v.begin * width, i0 + v.end * width}, keys);
+        return !band.full(Band::clip({i0 + v.begin * width, i0 + v.end * width}, all), keys);
     };
     Run run{{j, j}, {0, 0}, false};
     run.masked = look(j, run.v);

@@ -1,7 +1,7 @@
-// Backward. A task is a chunk of keys of one KV head against a chunk of queries (all heads of the group);
-// the operator walks the phases (Gradient in sliding_window.h), so tasks never share a sum and every sum
-// has one order: the same bits for any number of threads, without a second pass over the scores. With a
-// window no longer than a chunk there are two phases.
+// Backward. A task is a chunk of keys of one KV head against two chunks of queries (all heads of the
+// group); the operator walks parities and distances (Gradient in sliding_window.h), so tasks never share a
+// sum and every sum has one order: the same bits for any number of threads, without a second pass over the
+// scores.
 //
 // For a block of queries, run of keys by run of keys (band.h), five products on the tile kernel, all of
 // them on operands as they lie, but for Q^T and dO^T, packed once a block:
@@ -86,14 +86,13 @@ struct BackwardBlock {
         dva = arena.take<F>(g.chunk * dv);
     }
 
-    // Chunk `c` of the keys of a span against the queries `distance` chunks further on.
+    // Chunk `c` of the keys of a span.
     void run(const Span& span, int64_t h, int64_t c) {
         const int64_t S = span.k.size(), C = g.chunk;
         const Range keys = Band::clip({c * C, (c + 1) * C}, {0, S});
-        const Range mine = Band::clip({(c + g.distance) * C, (c + g.distance + 1) * C},
-                                      {span.offset(), S});
+        const Range mine = Band::clip({(c + g.distance) * C, (c + g.distance + 2) * C}, {span.offset(), S});
         const Range queries = p.band.queries(keys, mine);
-        if (keys.size() == 0 || queries.size() == 0) return;
+        if (queries.size() == 0 && !g.whole) return;
 
         // The chunk is copied: its rows lie H * D apart and are read again for every block of queries.
         const E* k = p.k.at<const E>(span.b, span.k.begin + keys.begin, h);
@@ -113,8 +112,14 @@ struct BackwardBlock {
                 query_block(span, keys, i, rows, h * group + n, i + 2 * W <= queries.end);
             }
         for (int64_t j = 0; j < keys.size(); ++j) {
-            add_row(dka + j * d, g.dk.at<F>(span.b, span.k.begin + keys.begin + j, h), p.D);
-            add_row(dva + j * dv, g.dv.at<F>(span.b, span.k.begin + keys.begin + j, h), p.Dv);
+            const int64_t row = span.k.begin + keys.begin + j;
+            if (g.whole) {
+                narrow_row(dka + j * d, g.dk.at<E>(span.b, row, h), p.D);
+                narrow_row(dva + j * dv, g.dv.at<E>(span.b, row, h), p.Dv);
+            } else {
+                add_row(dka + j * d, g.dk.at<F>(span.b, row, h), p.D);
+                add_row(dva + j * dv, g.dv.at<F>(span.b, row, h), p.Dv);
+            }
         }
     }
 
@@ -250,9 +255,8 @@ void backward_tasks(const slm::Gradient& g, int64_t begin, int64_t end) {
     BackwardBlock<F, E, P> block(g);
     for (int64_t task = begin; task < end; ++task) {
         const int64_t s = find_span(p, task);
-        const int64_t chunks = (p.spans[s].k.size() + g.chunk - 1) / g.chunk;
-        const int64_t n = task - p.first[s];
-        block.run(p.spans[s], p.heads.begin + n / chunks, n % chunks);
+        const int64_t chunks = g.tasks(p.spans[s]), n = task - p.first[s];
+        block.run(p.spans[s], p.heads.begin + n / chunks, n % chunks * 2 + g.parity);
     }
 }
 

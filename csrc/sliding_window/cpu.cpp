@@ -155,36 +155,34 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return {o, lse};
 }
 
-// Positions per chunk of the backward: twice the window's reach, so that few query blocks are packed in
-// both of two phases, as far as keys, values and their gradients (2 (D + Dv) floats each) stay in the L2
-// cache. Depends on nothing but the shape: so do the bits of the result.
-int64_t chunk_length(const slm::Problem& p, int64_t longest) {
-    const auto side = [&](int64_t x) { return x < 0 ? longest : std::min(x, longest); };
-    const int64_t reach = std::max(side(p.band.left), side(p.band.right));
-    const int64_t cached = std::max<int64_t>(65536 / std::max<int64_t>(p.D + p.Dv, 1), 64);
-    return std::min(std::max<int64_t>(2 * reach, 256), cached) / 64 * 64;
+// How far the window reaches on a side, in a sequence of `longest` positions.
+int64_t reach(int64_t side, int64_t longest) { return side < 0 ? longest : std::min(side, longest); }
+
+// Positions per chunk of the backward. A block of queries is packed once for each chunk of keys it sees, so
+// chunks of four times the window's reach are best; down to its reach if that makes too few tasks, and no
+// longer than kLongest, where the window has no bound. Depends on nothing but the shape: so do the bits.
+int64_t chunk_length(const slm::Problem& p, int64_t B, int64_t longest) {
+    constexpr int64_t kShortest = 128, kLongest = 512, kTasks = 32;
+    const int64_t side = std::max(reach(p.band.left, longest), reach(p.band.right, longest));
+    int64_t chunk = std::min(std::max(4 * side, kShortest), std::max(side, kLongest));
+    const int64_t least = std::min(std::max(side, kShortest), kLongest);
+    while (chunk / 2 >= least && B * p.H * longest / (2 * chunk) < kTasks) chunk /= 2;
+    return (std::min(chunk, std::max(longest, kShortest)) + 63) / 64 * 64;
 }
 
-// Runs every phase over one slab of spans and KV heads.
-void run_phases(slm::Gradient& g, const Span* spans, int64_t num_spans, Range heads) {
+// Runs all tasks over one slab of spans and KV heads.
+void run_tasks(slm::Gradient& g, const Span* spans, int64_t num_spans, Range heads, Range distances) {
     slm::Problem& p = g.problem;
     p.spans = spans, p.num_spans = num_spans, p.heads = heads;
-    const auto first = tasks_before(spans, num_spans, [&](const Span& span) {
-        return (span.k.size() + g.chunk - 1) / g.chunk * heads.size();
-    });
-    p.first = first.data();
-    int64_t longest = 0;
-    for (int64_t s = 0; s < num_spans; ++s)
-        longest = std::max(longest, spans[s].q.size() + spans[s].k.size());
-    const auto chunks = [&](int64_t side) {
-        return ((side < 0 ? longest : std::min(side, longest)) + g.chunk - 1) / g.chunk;
-    };
     const auto& tier = kernels();
-    for (int64_t distance = -chunks(p.band.right); distance <= chunks(p.band.left); ++distance) {
-        g.distance = distance;
-        torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
-            tier.backward(g, begin, end);
-        });
+    for (g.parity = 0; g.parity < 2; ++g.parity) {
+        const auto first = tasks_before(
+            spans, num_spans, [&](const Span& span) { return g.tasks(span) * heads.size(); });
+        p.first = first.data();
+        for (g.distance = distances.begin; g.distance < distances.end; g.distance += 2)
+            torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
+                tier.backward(g, begin, end);
+            });
     }
 }
 
@@ -215,7 +213,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
     g.dlse = dlses.has_value() ? dlses->data_ptr() : nullptr;
     int64_t longest = 1;
     for (const Span& span : in.spans) longest = std::max({longest, span.q.size(), span.k.size()});
-    g.chunk = chunk_length(p, longest);
+    g.chunk = chunk_length(p, int64_t(in.spans.size()), longest);
+    const auto chunks = [&](int64_t side) {  // a query may stand `longest` before the first key
+        return (reach(side, 2 * longest) + g.chunk - 1) / g.chunk;
+    };
+    const Range distances{-chunks(p.band.right), chunks(p.band.left) + 1};
+    g.whole = distances.size() <= 2;
 
     Tensor dsinks = torch::stable::new_empty(lses, {sinks.has_value() ? p.Hq : 0});
     if (sinks.has_value()) {
@@ -225,51 +228,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
         });
     }
 
-    const int64_t group = p.Hq / p.H;
-    if (exact == q.scalar_type()) {  // accumulate where the results belong
-        Tensor dq = torch::stable::new_zeros(q, {B, p.T, p.Hq, p.D});
-        Tensor dk = torch::stable::new_zeros(q, {B, S, p.H, p.D});
-        Tensor dvs = torch::stable::new_zeros(q, {B, S, p.H, p.Dv});
-        g.dq = rows_of(dq), g.dk = rows_of(dk), g.dv = rows_of(dvs);
-        run_phases(g, in.spans.data(), int64_t(in.spans.size()), {0, p.H});
-        return {dq, dk, dvs, dsinks};
+    const bool in_place = exact == q.scalar_type();  // accumulate where the results belong
+    const auto result = [&](std::initializer_list<int64_t> shape, bool added) {
+        return added ? torch::stable::new_zeros(q, shape) : torch::stable::new_empty(q, shape);
+    };
+    const Tensor dq = result({B, p.T, p.Hq, p.D}, in_place);
+    const Tensor dk = result({B, S, p.H, p.D}, in_place && !g.whole);
+    const Tensor dv = result({B, S, p.H, p.Dv}, in_place && !g.whole);
+    g.dq = rows_of(dq), g.dk = rows_of(dk), g.dv = rows_of(dv);
+    if (in_place) {
+        run_tasks(g, in.spans.data(), int64_t(in.spans.size()), {0, p.H}, distances);
+        return {dq, dk, dv, dsinks};
     }
 
-    // Accumulate in a bounded slab of batch entries and KV heads, then convert.
-    Tensor dq = torch::stable::new_empty(q, {B, p.T, p.Hq, p.D});
-    Tensor dk = torch::stable::new_empty(q, {B, S, p.H, p.D});
-    Tensor dvs = torch::stable::new_empty(q, {B, S, p.H, p.Dv});
-    const int64_t bytes = exact == ScalarType::Double ? 8 : 4;
-    const int64_t per_head = std::max<int64_t>(1, (p.T * group * p.D + S * (p.D + p.Dv)) * bytes);
-    const int64_t units = std::max<int64_t>(1, kScratchBytes / per_head);
+    // 16-bit tensors: accumulate in a bounded slab of batch entries and KV heads, then convert.
+    const int64_t group = p.Hq / p.H;
+    const int64_t per_head = p.T * group * p.D + (g.whole ? 0 : S * (p.D + p.Dv));
+    const int64_t units = std::max<int64_t>(1, kScratchBytes / std::max<int64_t>(4 * per_head, 1));
     const int64_t heads = std::min(p.H, units);
     const int64_t batches = heads == p.H ? std::clamp<int64_t>(units / p.H, 1, std::max<int64_t>(B, 1)) : 1;
     for (int64_t b = 0; b < B; b += batches)
         for (int64_t h = 0; h < p.H; h += heads) {
             const int64_t nb = std::min(batches, B - b), nh = std::min(heads, p.H - h);
-            const Tensor sq = torch::stable::new_zeros(lses, {nb, p.T, nh * group, p.D});
-            const Tensor sk = torch::stable::new_zeros(lses, {nb, S, nh, p.D});
-            const Tensor sv = torch::stable::new_zeros(lses, {nb, S, nh, p.Dv});
-            const auto shifted = [&](const Tensor& x, int64_t head) {  // absolute b and h index the slab
-                Rows rows = rows_of(x);
-                rows.data = static_cast<char*>(rows.data) - (b * rows.b + head * rows.h) * bytes;
+            std::vector<std::tuple<Tensor, Tensor, int64_t>> conversions;  // to, from, first head
+            const auto accumulate = [&](const Tensor& to, int64_t head, int64_t count) {
+                const Tensor sum = torch::stable::new_zeros(lses, {nb, to.size(1), count, to.size(3)});
+                conversions.emplace_back(to, sum, head);
+                Rows rows = rows_of(sum);  // b and h stay absolute
+                rows.data = static_cast<float*>(rows.data) - (b * rows.b + head * rows.h);
                 return rows;
             };
-            g.dq = shifted(sq, h * group), g.dk = shifted(sk, h), g.dv = shifted(sv, h);
+            g.dq = accumulate(dq, h * group, nh * group);
+            if (!g.whole) g.dk = accumulate(dk, h, nh), g.dv = accumulate(dv, h, nh);
             const bool packed = cu.has_value();
-            run_phases(g, in.spans.data() + (packed ? 0 : b), packed ? int64_t(in.spans.size()) : nb,
-                       {h, h + nh});
-            const auto convert = [&](const Tensor& to, const Tensor& from, int64_t head) {
+            run_tasks(g, in.spans.data() + (packed ? 0 : b), packed ? int64_t(in.spans.size()) : nb,
+                      {h, h + nh}, distances);
+            for (auto& [to, from, head] : conversions) {
                 Tensor target = to;
                 target = torch::stable::narrow(target, 0, b, nb);
                 target = torch::stable::narrow(target, 2, head, from.size(2));
                 torch::stable::copy_(target, from);
-            };
-            convert(dq, sq, h * group);
-            convert(dk, sk, h);
-            convert(dvs, sv, h);
+            }
         }
-    return {dq, dk, dvs, dsinks};
+    return {dq, dk, dv, dsinks};
 }
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Tensor v_ring, Tensor position,

@@ -2,7 +2,7 @@
 // over the same keys. Online softmax (Dao 2023, FlashAttention-2, section 3.1) over blocks of keys:
 //
 //     S^T = K Q^T            tile kernel, A = K rows as they lie, B = Q^T packed once
-//     m, P^T = exp2(c S^T - m), l                    down the lanes; c = scale log2(e)
+//     m, P^T = exp2(c (S^T - m)), l                  down the lanes; c = scale log2(e)
 //     O^T += V^T P^T         tile kernel, A = V rows as they lie (read across), B = P^T
 //
 // Keys before the window's first or after its last are never touched. O^T, l, m stay in cache; scratch is
@@ -21,7 +21,9 @@ struct ForwardBlock {
     F* st;          // S^T, then P^T [kKeys][W]
     B* pt;          // P^T as B operand; st itself for Fma
     F* ot;          // [Dv][W]
-    F *m, *l;       // running maximum (log2 units) and denominator, [W]
+    F *m, *l;       // running maximum of S^T and denominator, [W]
+    const bool rewrite;  // the softmax's first pass turns scores into log2 units
+    const F c;           // what turns a score into log2 units in the second
     F *kf, *vf;     // widened keys and values
     B* vp;          // V in pairs of keys (Dot)
 
@@ -30,7 +32,14 @@ struct ForwardBlock {
         return size_t(((d + dv + 2) * W + 2 * kKeys * W + 2 * kKeys * (d + dv)) * int64_t(sizeof(F)) + 1024);
     }
 
-    explicit ForwardBlock(const Problem& problem) : p(problem), arena(bytes(problem)) {
+    // Scores go through the softmax as they come out of the product, times c at the end: a row's largest
+    // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0), or
+    // more than a factor is needed (softcap), the first pass rewrites them and c is 1.
+    explicit ForwardBlock(const Problem& problem)
+        : p(problem),
+          arena(bytes(problem)),
+          rewrite(p.softcap > 0 || p.scale <= 0),
+          c(rewrite ? F(1) : F(p.scale) * kLog2e<F>) {
         const int64_t d = round_up(p.D, L), dv = round_up(p.Dv, L);
         qt = arena.take<B>(d * W);
         st = arena.take<F>(kKeys * W);
@@ -53,7 +62,7 @@ struct ForwardBlock {
     void run(const Span& span, int64_t t0, int64_t rows, int64_t h, int64_t hq) {
         const int64_t i0 = t0 + span.offset();
         pack_transposed<P>(p.q.at<const E>(span.b, span.q.begin + t0, hq), p.q.t, rows, p.D, qt);
-        const F sink = p.sinks ? static_cast<const F*>(p.sinks)[hq] * kLog2e<F> : -kInf<F>;
+        const F sink = p.sinks ? static_cast<const F*>(p.sinks)[hq] * kLog2e<F> / c : -kInf<F>;
         for (int i = 0; i < W; ++i) m[i] = sink, l[i] = sink > -kInf<F> ? F(1) : F(0);
         for (int64_t i = 0; i < p.Dv * W; ++i) ot[i] = F(0);
 
@@ -123,11 +132,7 @@ struct ForwardBlock {
 
     // S^T -> P^T in place, with the running maximum and denominator; O^T is rescaled where m rose.
     void softmax(const Run* runs, int count, int64_t j0, int64_t i0) {
-        // Scores go through the softmax as c * s; where that would turn -inf around (c <= 0), or s needs
-        // more than a factor (softcap), the first pass rewrites them and c is 1.
         const F scale = F(p.scale), cap = F(p.softcap);
-        const bool rewrite = cap > 0 || scale <= 0;
-        const F c = rewrite ? F(1) : scale * kLog2e<F>;
         F top[W];
         for (int i = 0; i < W; i += L) storeu<F>(top + i, loadu<F>(m + i));
         for (int r = 0; r < count; ++r) {
@@ -145,7 +150,7 @@ struct ForwardBlock {
                     if (run.masked)
                         x = select<F>(visible_lanes<F>(p.band, i0, j, v), x, splat<F>(-kInf<F>));
                     if (rewrite || run.masked) storeu<F>(s, x);
-                    high = vmax<F>(high, x * c);
+                    high = vmax<F>(high, x);
                 }
                 storeu<F>(top + v * L, high);
             }
@@ -158,13 +163,13 @@ struct ForwardBlock {
                 Vec<F> sum = loadu<F>(l + v * L);
                 F* s = st + (run.j.begin - j0) * W + v * L;
                 for (int64_t j = run.j.begin; j < run.j.end; j += kPair<P>, s += kPair<P> * W) {
-                    const Vec<F> x = exp2_nonpositive<F>(loadu<F>(s) * c - shift);
+                    const Vec<F> x = exp2_nonpositive<F>((loadu<F>(s) - shift) * c);
                     sum += x;
                     if constexpr (kPair<P> == 1) {
                         storeu<F>(s, x);
                     } else {
                         Vec<F> y{};
-                        if (j + 1 < run.j.end) y = exp2_nonpositive<F>(loadu<F>(s + W) * c - shift);
+                        if (j + 1 < run.j.end) y = exp2_nonpositive<F>((loadu<F>(s + W) - shift) * c);
                         sum += y;
                         storeu<B>(pt + (j - j0) / 2 * W + v * L, pair_lanes(x, y));
                     }
@@ -185,7 +190,7 @@ struct ForwardBlock {
         for (int n = 0; n < L; ++n) any |= rose[n];
         if (!any) return;
         storeu<F>(m + i, high);
-        const Vec<F> factor = exp2_nonpositive<F>(old - finite_or_zero(high));
+        const Vec<F> factor = exp2_nonpositive<F>((old - finite_or_zero(high)) * c);
         storeu<F>(l + i, loadu<F>(l + i) * factor);
         for (int64_t d = 0; d < p.Dv; ++d) storeu<F>(ot + d * W + i, loadu<F>(ot + d * W + i) * factor);
     }
@@ -193,7 +198,7 @@ struct ForwardBlock {
     void finish(const Span& span, int64_t t0, int64_t rows, int64_t hq) {
         F* lse = static_cast<F*>(p.lse) + (span.b * p.Hq + hq) * p.T + span.q.begin + t0;
         for (int64_t i = 0; i < rows; ++i)
-            lse[i] = l[i] == 0 ? -kInf<F> : m[i] * kLn2<F> + std::log(l[i]);
+            lse[i] = l[i] == 0 ? -kInf<F> : m[i] * (rewrite ? kLn2<F> : F(p.scale)) + std::log(l[i]);
         for (int64_t i = 0; i < W; ++i) l[i] = l[i] == 0 ? F(0) : F(1) / l[i];
         E* o = p.o.at<E>(span.b, span.q.begin + t0, hq);
         unpack_transposed<false>(ot, l, rows, p.Dv, o, p.o.t);

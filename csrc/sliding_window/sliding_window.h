@@ -42,15 +42,23 @@ struct Problem {
     double scale, softcap;  // softcap 0: none
 };
 
-// Backward: dk and dv of a chunk of keys against dq of a chunk of queries. Two tasks of one phase
-// touch neither the same queries nor the same keys, so they add into dq, dk, dv without conflict; the
-// phases (one per distance between the chunks) run one after the other. Sums have a fixed order.
+// Backward: dk and dv of a chunk of keys against dq of two neighbouring chunks of queries, those
+// `distance` and `distance + 1` chunks further on. Tasks of one parity touch neither the same queries nor
+// the same keys, so they add into dq, dk, dv without conflict; parities and distances follow one another.
+// Sums have a fixed order. A window that reaches no further than a chunk takes one distance: then a task
+// has all of its keys' gradient and stores it (`whole`), in the tensors' own dtype.
 struct Gradient {
     Problem problem;
-    Rows dout, dq, dk, dv;  // dq, dk, dv accumulate: float (f64: double)
+    Rows dout, dq, dk, dv;  // dq, and unless `whole` dk and dv, accumulate: float (f64: double)
     const void* dlse;       // [B, Hq, T] like lse, or null
     int64_t chunk;          // positions per chunk
-    int64_t distance;       // of this phase: query chunk = key chunk + distance
+    int64_t distance, parity;
+    bool whole;
+
+    // Key chunks of a span, and how many of them have this parity.
+    int64_t tasks(const Span& span) const {
+        return ((span.k.size() + chunk - 1) / chunk + 1 - parity) / 2;
+    }
 };
 
 struct Step {

@@ -26,7 +26,7 @@ class Settings:
         (), "UTF-8 files, globs, or folders (*.txt, *.md, *.py below them) (default: Python's own library)"
     )
     steps: int = _option(300, "optimizer steps; the learning rate falls to a tenth over them")
-    batch_size: int = _option(16, "sequences of a micro-batch")
+    batch_size: int = _option(12, "sequences of a micro-batch")
     seq_len: int = _option(256, "bytes of a sequence")
     accumulate: int = _option(1, "micro-batches of a step")
     lr: float | None = _option(None, "peak learning rate (default: 0.5 / the model's width)", float)

@@ -34,7 +34,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(tile, cu, cu_other, length, length_other, N, BLOCK: tl.constexpr):
-    """Tile number -> first row in the sequence; the sequence's start and length here and on the other side."""
+    """Tile number -> first row in its sequence; the sequence's start and length, on either side."""
     if cu is None:
         first, start = tile * BLOCK, tile.to(tl.int64) * 0
         other = start
@@ -112,9 +112,8 @@ def tanh(x):
 def accumulate(acc, m, denom, x, unit, v):
     """One key block of the online softmax: scores x [M, N] (hidden ones -inf), values v [N, DV_PAD]."""
     m_new = tl.maximum(m, tl.max(x, 1) * unit)
-    shift = tl.where(
-        m_new == float("-inf"), 0.0, m_new
-    )  # rows that saw nothing yet: 2^(-inf - 0) = 0, no nan
+    # rows that saw nothing yet: 2^(-inf - 0) = 0, no nan
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(x * unit - shift[:, None])
     keep = tl.exp2(m - shift)
     acc = acc * keep[:, None]

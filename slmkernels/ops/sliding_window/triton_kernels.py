@@ -114,6 +114,8 @@ def candidates(
         ("dkv", 256): [(16, 64, 8, 1), (32, 64, 8, 1), (16, 32, 4, 1)],
     }
     rows = table.get((kind, size)) or table[kind, size, mma]
+    if kind == "dkv" and size == 128 and mma == "sync" and padded(D) != padded(DV):
+        rows = [(32, 32, 4, 2), *rows]  # ptxas spills kilobytes for the unequal sizes of any larger tile
     if kind == "forward" and long and size <= 128:
         first = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2 if mma == "sync" else 3)}[size]
         rows = [first, *(row for row in rows if row != first)]

@@ -81,11 +81,15 @@ SLM_INLINE Vec<F> iota() {
     return x;
 }
 
-template <typename F>
-SLM_INLINE F reduce_add(Vec<F> x) {
-    F sum = 0;
-    for (int l = 0; l < kLanes<F>; ++l) sum += x[l];
-    return sum;
+template <typename F, int S = kLanes<F> / 2>
+SLM_INLINE F reduce_add(Vec<F> x) {  // halves onto each other
+    if constexpr (S == 0) {
+        return x[0];
+    } else {
+        Mask<F> other;
+        for (int l = 0; l < kLanes<F>; ++l) other[l] = Int<F>(l ^ S);
+        return reduce_add<F, S / 2>(x + __builtin_shuffle(x, other));
+    }
 }
 
 // ---- conversions of single elements
@@ -164,11 +168,20 @@ SLM_INLINE Vec<F> load(const F* p) {
     return loadu<F>(p);
 }
 
+// 16-bit words, each in the low half of a 32-bit lane. (GCC 12 splits the conversion of 16 in two.)
+SLM_INLINE Vec<uint32_t> load_words(const void* p) {
+#if SLM_BYTES == 64
+    const __m256i words = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, words);
+#else
+    typedef uint16_t Words __attribute__((vector_size(SLM_BYTES / 2), aligned(1), may_alias));
+    return __builtin_convertvector(*static_cast<const Words*>(p), Vec<uint32_t>);
+#endif
+}
+
 template <typename F>
 SLM_INLINE Vec<F> load(const BFloat16* p) {
-    typedef uint16_t Short __attribute__((vector_size(SLM_BYTES / 2), aligned(1), may_alias));
-    const Short bits = *reinterpret_cast<const Short*>(p);
-    return (Vec<F>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+    return (Vec<F>)(load_words(p) << 16);
 }
 
 template <typename F>

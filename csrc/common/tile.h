@@ -16,7 +16,7 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = SLM_BYTES == 64 ? 4 : 2;
 
-// Plain multiply-add in F.
+// A policy multiplies, and stores results with the fastest conversion its CPU has. Plain multiply-add in F:
 template <typename F>
 struct Fma {
     using Acc = F;
@@ -25,6 +25,10 @@ struct Fma {
     static SLM_INLINE Vec<F> broadcast(const A* a) { return splat<F>(*a); }
     static SLM_INLINE Vec<F> load(const B* b) { return loadu<F>(b); }
     static SLM_INLINE Vec<F> multiply_add(Vec<F> a, Vec<F> b, Vec<F> c) { return a * b + c; }
+    template <typename E>
+    static SLM_INLINE void store(E* to, Vec<F> x) {
+        ::store<F>(to, x);
+    }
 };
 
 #if SLM_BYTES == 64
@@ -41,6 +45,10 @@ struct Dot {
     static SLM_INLINE Vec<uint32_t> load(const B* b) { return loadu<uint32_t>(b); }
     static SLM_INLINE Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
         return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    }
+    static SLM_INLINE void store(float* to, Vec<float> x) { storeu<float>(to, x); }
+    static SLM_INLINE void store(BFloat16* to, Vec<float> x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
     }
 };
 #endif

@@ -143,6 +143,7 @@ struct BackwardBlock {
         prefetch_rows(p.q.at<const E>(b, first, hq), p.q.t, W / 4, p.D);
         prefetch_rows(p.o.at<const E>(b, first, hq), p.o.t, W / 4, p.Dv);
         prefetch_rows(g.dout.at<const E>(b, first, hq), g.dout.t, W / 4, p.Dv);
+        prefetch_rows(g.dq.at<const F>(b, first - W, hq), g.dq.t, W / 4, p.D);  // of this block
     }
 
     // Queries at positions [i0, i0 + rows) against the chunk; `more`: another whole block follows.
@@ -183,7 +184,7 @@ struct BackwardBlock {
             else
                 gemm<P, true>(p.D, run.v.size(), n, ka + at * d, 1, d, dsb + lane, W, dqt + lane, W);
         }
-        unpack_transposed<true>(dqt, static_cast<const F*>(nullptr), rows, p.D, g.dq.at<F>(span.b, t, hq),
+        unpack_transposed<P, true>(dqt, static_cast<const F*>(nullptr), rows, p.D, g.dq.at<F>(span.b, t, hq),
                                 g.dq.t);
     }
 
@@ -239,9 +240,9 @@ struct BackwardBlock {
                 } else {
                     Vec<F> p1{}, ds1{};
                     if (j + 1 < run.j.end) one(j + 1, p1, ds1);
-                    store<F>(pa + at, p0);
-                    store<F>(dsa + at, ds0);
-                    if (j + 1 < run.j.end) store<F>(pa + at + W, p1), store<F>(dsa + at + W, ds1);
+                    P::store(pa + at, p0);
+                    P::store(dsa + at, ds0);
+                    if (j + 1 < run.j.end) P::store(pa + at + W, p1), P::store(dsa + at + W, ds1);
                     storeu<B>(dsb + (j - run.j.begin) / 2 * W + v * L, pair_lanes(ds0, ds1));
                 }
             }

@@ -120,7 +120,6 @@ SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, i
     if constexpr (kPair<P> == 1) {
         for (int64_t i = 0; i < rows; ++i) widen_row<F>(x + i * stride, out + i * width, D);
     } else {
-        typedef uint16_t Short __attribute__((vector_size(SLM_BYTES / 2), aligned(1), may_alias));
         constexpr int L = kLanes<F>;
         for (int64_t i = 0; i < rows; i += 2) {
             const E *even = x + i * stride, *odd = even + stride;
@@ -128,13 +127,8 @@ SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, i
             uint32_t* to = out + i / 2 * width;
             int64_t d = 0;
             for (; d + L <= D; d += L) {
-                Vec<uint32_t> pair =
-                    __builtin_convertvector(*reinterpret_cast<const Short*>(even + d), Vec<uint32_t>);
-                if (paired)
-                    pair |= __builtin_convertvector(*reinterpret_cast<const Short*>(odd + d),
-                                                    Vec<uint32_t>)
-                            << 16;
-                storeu<uint32_t>(to + d, pair);
+                const Vec<uint32_t> low = load_words(even + d);
+                storeu<uint32_t>(to + d, paired ? low | load_words(odd + d) << 16 : low);
             }
             for (; d < D; ++d)
                 to[d] = even[d].bits | (paired ? uint32_t(odd[d].bits) << 16 : 0u);
@@ -145,9 +139,10 @@ SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, i
 
 // Transposes x^T [D][kBlock] back into `rows` rows, each lane times factor[lane] if given; adds to what
 // is there if Add.
-template <bool Add, typename F, typename E>
-SLM_INLINE void unpack_transposed(const F* x, const F* factor, int64_t rows, int64_t D, E* out,
-                                  int64_t stride) {
+template <typename P, bool Add, typename E>
+SLM_INLINE void unpack_transposed(const typename P::Acc* x, const typename P::Acc* factor, int64_t rows,
+                                  int64_t D, E* out, int64_t stride) {
+    using F = typename P::Acc;
     constexpr int L = kLanes<F>, W = kBlock<F>;
     for (int64_t v = 0; v * L < rows; ++v)
         for (int64_t d = 0; d < D; d += L) {
@@ -160,7 +155,7 @@ SLM_INLINE void unpack_transposed(const F* x, const F* factor, int64_t rows, int
                 E* to = out + (v * L + l) * stride + d;
                 if (d + L <= D) {
                     if constexpr (Add) square[l] += load<F>(to);
-                    store<F>(to, square[l]);
+                    P::store(to, square[l]);
                 } else {
                     for (int64_t e = 0; e < D - d; ++e)
                         narrow(square[l][e] + (Add ? widen<F>(to[e]) : F(0)), to + e);

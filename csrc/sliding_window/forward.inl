@@ -33,12 +33,12 @@ struct ForwardBlock {
     }
 
     // Scores go through the softmax as they come out of the product, times c at the end: a row's largest
-    // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0), or
+    // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0) or lose the sink (scale near 0), or
     // more than a factor is needed (softcap), the first pass rewrites them and c is 1.
     explicit ForwardBlock(const Problem& problem)
         : p(problem),
           arena(bytes(problem)),
-          rewrite(p.softcap > 0 || p.scale <= 0),
+          rewrite(p.softcap > 0 || !(p.scale > 1e-6)),
           c(rewrite ? F(1) : F(p.scale) * kLog2e<F>) {
         const int64_t d = round_up(p.D, L), dv = round_up(p.Dv, L);
         qt = arena.take<B>(d * W);
@@ -183,14 +183,21 @@ struct ForwardBlock {
         return select<F>(x == -kInf<F>, Vec<F>{}, x);
     }
 
+    // A shift that lags behind the maximum by up to 2^8 is as good, and saves rescaling O^T for nearly every
+    // block after the first (the lazy
+    // rescaling of FlashAttention-4).
     SLM_INLINE void rescale(int i, Vec<F> high) {
         const Vec<F> old = loadu<F>(m + i);
-        const Mask<F> rose = high != old;
-        Int<F> any = 0;
+        const Mask<F> rose = (high - old) * c > F(8);  // true from -inf, false between two of them
+        Int<F> any = 0, seen = 0;
         for (int n = 0; n < L; ++n) any |= rose[n];
         if (!any) return;
-        storeu<F>(m + i, high);
-        const Vec<F> factor = exp2_nonpositive<F>((old - finite_or_zero(high)) * c);
+        const Vec<F> shift = select<F>(rose, high, old);
+        storeu<F>(m + i, shift);
+        const Mask<F> begun = old > -kInf<F>;
+        for (int n = 0; n < L; ++n) seen |= begun[n];
+        if (!seen) return;  // O^T and l are still zero
+        const Vec<F> factor = exp2_nonpositive<F>((old - finite_or_zero(shift)) * c);
         storeu<F>(l + i, loadu<F>(l + i) * factor);
         for (int64_t d = 0; d < p.Dv; ++d) storeu<F>(ot + d * W + i, loadu<F>(ot + d * W + i) * factor);
     }
@@ -201,7 +208,7 @@ struct ForwardBlock {
             lse[i] = l[i] == 0 ? -kInf<F> : m[i] * (rewrite ? kLn2<F> : F(p.scale)) + std::log(l[i]);
         for (int64_t i = 0; i < W; ++i) l[i] = l[i] == 0 ? F(0) : F(1) / l[i];
         E* o = p.o.at<E>(span.b, span.q.begin + t0, hq);
-        unpack_transposed<false>(ot, l, rows, p.Dv, o, p.o.t);
+        unpack_transposed<P, false>(ot, l, rows, p.Dv, o, p.o.t);
     }
 };
 

@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TORCH_TARGET = "2.10"  # oldest torch the binaries run on
 SANITIZE = os.environ.get("SLMKERNELS_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def cpu_sources() -> list[str]:
@@ -44,7 +45,9 @@ class Build(build_ext):
         self.report: dict[str, str] = {}
         compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
         if compiler is None:
-            missing = f"no C++ compiler ({os.environ.get('CXX', 'c++')!r} not found) when slmkernels was installed"
+            missing = (
+                f"no C++ compiler ({os.environ.get('CXX', 'c++')!r} not found) when slmkernels was installed"
+            )
             self.report = {"_C_cpu": missing, "_host": missing}
             print(f"slmkernels: {missing}; only the PyTorch reference and Triton will run")
         else:
@@ -75,7 +78,9 @@ class Build(build_ext):
         target = self.objects / (source.replace("/", "_") + ".o")
         flags = self.host_flags() if name == "_host" else self.torch_flags()
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-        sanitize = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else []
+        sanitize = (
+            ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else []
+        )
         self.call([*self.cxx, *common, *sanitize, *flags, "-c", source, "-o", str(target)])
         return str(target)
 

@@ -36,9 +36,8 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(_host, m) {
     m.doc() = "Build facts, CPU features, instruction-set tier and window geometry.";
-    m.def("build_facts", [] {
-        return std::string("built with " SLM_COMPILER ", stable ABI of torch " SLM_TORCH_TARGET);
-    });
+    m.def("build_facts",
+          [] { return std::string("built with " SLM_COMPILER ", stable ABI of torch " SLM_TORCH_TARGET); });
     m.def("isa_supported", [] {
         std::vector<std::string> names;
         for (slm::Isa tier : kTiers)
@@ -50,26 +49,30 @@ PYBIND11_MODULE(_host, m) {
     m.def("has_bf16_dot", &slm::has_bf16_dot, "AVX512-BF16 dot products?");
     m.def("get_isa", [] { return std::string(slm::isa_name(slm::get_isa())); });
     m.def("set_isa", &set_isa, py::arg("isa"), "Use tier 'portable', 'avx2' or 'avx512'.");
-    m.def("isa_complaint", [] { return std::string(slm::isa_complaint()); },
-          "Why SLMKERNELS_CPU_ISA was not followed, or an empty string.");
+    m.def(
+        "isa_complaint", [] { return std::string(slm::isa_complaint()); },
+        "Why SLMKERNELS_CPU_ISA was not followed, or an empty string.");
     m.def("band_keys", [](py::object left, py::object right, int64_t begin, int64_t end, int64_t S) {
         return as_tuple(band(left, right).keys({begin, end}, S));
     });
-    m.def("band_queries", [](py::object left, py::object right, int64_t begin, int64_t end, int64_t first,
-                             int64_t last) {
-        return as_tuple(band(left, right).queries({begin, end}, {first, last}));
-    });
+    m.def("band_queries",
+          [](py::object left, py::object right, int64_t begin, int64_t end, int64_t first, int64_t last) {
+              return as_tuple(band(left, right).queries({begin, end}, {first, last}));
+          });
     m.def("band_full", [](py::object left, py::object right, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
         return band(left, right).full({i0, i1}, {j0, j1});
     });
-    m.def("band_runs", [](py::object left, py::object right, int64_t i0, int64_t lanes, int64_t width,
-                          int64_t step, int64_t begin, int64_t end) {
-        py::list runs;
-        for (int64_t j = begin; j < end;) {
-            const slm::Run run = slm::next_run(band(left, right), i0, lanes, width, step, j, end);
-            runs.append(py::make_tuple(as_tuple(run.j), as_tuple(run.v), run.masked));
-            j = run.j.end;
-        }
-        return runs;
-    }, "Runs of keys [begin, end): ((j, j_end), (first vector, past the last), masked).");
+    m.def(
+        "band_runs",
+        [](py::object left, py::object right, int64_t i0, int64_t lanes, int64_t width, int64_t step,
+           int64_t begin, int64_t end) {
+            py::list runs;
+            for (int64_t j = begin; j < end;) {
+                const slm::Run run = slm::next_run(band(left, right), i0, lanes, width, step, j, end);
+                runs.append(py::make_tuple(as_tuple(run.j), as_tuple(run.v), run.masked));
+                j = run.j.end;
+            }
+            return runs;
+        },
+        "Runs of keys [begin, end): ((j, j_end), (first vector, past the last), masked).");
 }

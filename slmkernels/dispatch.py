@@ -18,7 +18,7 @@ BACKENDS = ("native", "triton", "reference")
 
 
 class Unsupported(NotImplementedError):
-    """A named backend cannot serve this call; the message names the argument, its value and what is supported."""
+    """A named backend cannot serve this call; the message says which argument, its value and what is."""
 
 
 def _checked(name: str | None, source: str) -> str | None:

@@ -56,5 +56,6 @@ def reason_against(device: torch.device) -> str | None:
         return None if HAS_CUDA else REASONS.get("_C_cuda", "torch sees no CUDA device")
     return f"device {device} has no native kernels (cpu and cuda have)"
 
+
 if host is not None and host.isa_complaint():
     raise ValueError(f"SLMKERNELS_CPU_ISA is {os.environ['SLMKERNELS_CPU_ISA']!r}: {host.isa_complaint()}")

@@ -1,7 +1,12 @@
 """Argument checks the operations share. Every error names the argument, what it was and what it must be."""
 
+import itertools
+import math
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -14,26 +19,43 @@ def describe(value) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def expect(condition: bool, name: str, value, expected: str, error: type[Exception] = ValueError) -> None:
+def fail(name: str, value, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raise `error` saying that argument `name` was `value` where `expected` was needed."""
+    raise error(f"{name} is {describe(value)}; expected {expected}")
+
+
+def expect(condition: bool, name: str, value, expected: str, error: type[Exception] = ValueError) -> None:
+    """`fail` unless the condition holds. Where a call's time counts, test first: the message costs more."""
     if not condition:
-        raise error(f"{name} is {describe(value)}; expected {expected}")
+        fail(name, value, expected, error)
 
 
 def check_float_tensor(name: str, value, ndim: int, letters: str) -> None:
     """A dense floating-point tensor of `ndim` dimensions, named by `letters` in the message."""
-    expected = f"a floating-point tensor {letters}"
-    expect(isinstance(value, Tensor), name, value, expected, TypeError)
-    expect(value.dtype in FLOATS, name, value, f"{expected}, float32, bfloat16, float16 or float64", TypeError)
-    expect(value.layout == torch.strided, name, value, f"{expected}, dense", TypeError)
-    expect(value.ndim == ndim, name, value, expected)
+    if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout == torch.strided:
+        if value.ndim == ndim:
+            return
+        fail(name, value, f"a floating-point tensor {letters}")
+    dtypes = "float32, bfloat16, float16 or float64"
+    fail(name, value, f"a dense floating-point tensor {letters}, {dtypes}", TypeError)
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device as another argument."""
-    same = f"{other_name}'s"
-    expect(value.dtype == other.dtype, name, value, f"{same} dtype {other.dtype}", TypeError)
-    expect(value.device == other.device, name, value, f"{same} device {other.device}")
+    if value.dtype != other.dtype:
+        fail(name, value, f"{other_name}'s dtype {other.dtype}", TypeError)
+    if value.device != other.device:
+        fail(name, value, f"{other_name}'s device {other.device}")
+
+
+def check_number(name: str, value, positive: bool = False) -> float:
+    """A finite number as a float; `positive`: above 0."""
+    expected = "a finite number > 0" if positive else "a finite number"
+    if not isinstance(value, (int, float)) or type(value) is bool:
+        fail(name, value, expected, TypeError)
+    if not math.isfinite(value) or (positive and value <= 0):
+        fail(name, value, expected)
+    return float(value)
 
 
 def check_cu_seqlens(name: str, value, total: int, device: torch.device) -> None:
@@ -41,19 +63,20 @@ def check_cu_seqlens(name: str, value, total: int, device: torch.device) -> None
 
     The values of a CUDA tensor are checked on the device, without waiting for it.
     """
-    expect(isinstance(value, Tensor), name, value, "an int32 tensor [N+1]", TypeError)
-    expect(value.dtype == torch.int32, name, value, "an int32 tensor [N+1]", TypeError)
-    expect(value.ndim == 1 and value.shape[0] >= 1, name, value, "shape [N+1]")
-    expect(value.device == device, name, value, f"device {device}")
-    expect(value.shape[0] > 1 or total == 0, name, value, f"offsets from 0 to {total}")
-    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
+    if not isinstance(value, Tensor) or value.dtype != torch.int32:
+        fail(name, value, "an int32 tensor [N+1]", TypeError)
+    if value.ndim != 1 or value.shape[0] < 1 or value.device != device:
+        fail(name, value, f"an int32 tensor [N+1] on {device}")
+    expected = f"offsets that start at 0, never fall and end at {total}"
+    if value.shape[0] == 1 and total != 0:
+        fail(name, value, expected)
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor):
         return  # values are not there to look at; native kernels check them again
     if value.device.type == "cpu":
         offsets = value.tolist()
-        rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
-        good = rising and offsets[0] == 0 and offsets[-1] == total
-        expect(good, name, offsets, f"offsets that start at 0, never fall and end at {total}")
+        rising = all(a <= b for a, b in itertools.pairwise(offsets))
+        if not rising or offsets[0] != 0 or offsets[-1] != total:
+            fail(name, offsets, expected)
     else:
         good = (value[0] == 0) & (value[-1] == total) & (value[1:] >= value[:-1]).all()
-        message = f"{name} must start at 0, never fall and end at {total}"
-        torch._assert_async(good, message)
+        torch._assert_async(good, f"{name} is not {expected}")

@@ -33,7 +33,11 @@ def plain(q, k, v, *, sinks=None, left, right, scale, softcap):
     s = torch.einsum("bthd,bshd->bhts", q * scale, k.repeat_interleave(group, 2))
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible(s.shape[2], s.shape[3], left, right, s.device), -torch.inf)
-    sink = -torch.inf * torch.ones_like(s[..., :1]) if sinks is None else sinks[:, None, None].expand_as(s[..., :1])
+    sink = (
+        -torch.inf * torch.ones_like(s[..., :1])
+        if sinks is None
+        else sinks[:, None, None].expand_as(s[..., :1])
+    )
     s = torch.cat([s, sink], dim=-1)
     empty = (s == -torch.inf).all(-1, keepdim=True)
     lse = torch.logsumexp(s.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)
@@ -106,4 +110,6 @@ def check(tensors, dtype, backend, *, scores=8.0, **options):
         error = (ours[name].double() - truth)[mask].abs().max().item()
         allowed = 2 * (same[name].double() - truth)[mask].abs().max().item()
         size = max(1.0, truth[mask].abs().max().item())
-        assert error <= allowed + EPS[dtype] * size * scores / 8, f"{name}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
+        assert error <= allowed + EPS[dtype] * size * scores / 8, (
+            f"{name}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
+        )

@@ -1,5 +1,6 @@
-"""Sliding-window attention: the reference against a naive loop, the kernels against the reference, properties."""
+"""Sliding-window attention: reference against a naive loop, kernels against the reference, properties."""
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,10 @@ def naive(q, k, v, left, right, scale, softcap, sinks):
     """A loop over single queries and keys, in Python floats: the definition, word by word."""
     B, T, Hq, _ = q.shape
     S, H = k.shape[1], k.shape[2]
-    o, lse = torch.zeros(B, T, Hq, v.shape[3], dtype=torch.float64), torch.zeros(B, Hq, T, dtype=torch.float64)
+    o, lse = (
+        torch.zeros(B, T, Hq, v.shape[3], dtype=torch.float64),
+        torch.zeros(B, Hq, T, dtype=torch.float64),
+    )
     for b in range(B):
         for h in range(Hq):
             for t in range(T):
@@ -68,7 +72,7 @@ def naive(q, k, v, left, right, scale, softcap, sinks):
 @pytest.mark.parametrize("case", ["plain", "bidirectional", "fewer keys, rows see nothing", "softcap"])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_reference_is_the_definition(case, with_sinks):
-    (B, T, S, Hq, H, D, Dv), options = CASES[case]
+    (_, T, S, Hq, H, D, Dv), options = CASES[case]
     q, k, v, sinks, _, _ = inputs(0, 1, min(T, 24), min(S, 15), Hq, H, D, Dv, sinks=with_sinks)
     call = function.prepare(q, k, v, sinks=sinks, **options)
     expected = naive(q, k, v, call.left, call.right, call.scale, call.softcap, sinks)
@@ -80,7 +84,12 @@ def test_reference_is_the_definition(case, with_sinks):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize(
     "options",
-    [{"window": 3}, {"window": (2, 1), "causal": False}, {"window": 4, "softcap": 1.5}, {"window": 2, "scale": 0.3}],
+    [
+        {"window": 3},
+        {"window": (2, 1), "causal": False},
+        {"window": 4, "softcap": 1.5},
+        {"window": 2, "scale": 0.3},
+    ],
 )
 def test_gradcheck(backend, options):
     q, k, v, sinks, _, _ = inputs(1, 1, 7, 5, 4, 2, 3, 2, sinks=True)
@@ -149,7 +158,7 @@ def test_packed_equals_separate(dtype):
     offsets = [0, 17, 17, 60, 100]
     cu = torch.tensor(offsets, dtype=torch.int32)
     packed = run((q, k, v, None, do, dlse), dtype, "native", window=20, cu_seqlens=cu)
-    for a, b in zip(offsets, offsets[1:], strict=False):
+    for a, b in itertools.pairwise(offsets):
         part = [x[:, a:b] for x in (q, k, v)]
         alone = run((*part, None, do[:, a:b], dlse[:, :, a:b]), dtype, "native", window=20)
         for name in ("o", "dq", "dk", "dv"):
@@ -225,7 +234,7 @@ def test_large_scores(dtype):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
-    """Any strides, a last dimension that is not contiguous, and gradients that `sum` expands from one number."""
+    """Any strides, also along the last dimension, and a gradient that `sum` expands from one number."""
     q, k, v, _, _, _ = inputs(11, 2, 50, 50, 4, 2, 32, 32)
     leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     strange = [
@@ -383,7 +392,11 @@ BAD = {
     "softcap 0": (good(softcap=0.0), ValueError, "softcap is 0.0"),
     "sinks of another size": (good(sinks=torch.zeros(3)), ValueError, "sinks is"),
     "sinks of ints": (good(sinks=torch.zeros(4, dtype=torch.int32)), TypeError, "sinks is"),
-    "cu_seqlens with a batch": (good(cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)), ValueError, "batch 1"),
+    "cu_seqlens with a batch": (
+        good(cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)),
+        ValueError,
+        "batch 1",
+    ),
     "backend unknown": (good(backend="cuda"), ValueError, "backend is 'cuda'"),
 }
 
@@ -417,7 +430,7 @@ def test_bad_cu_seqlens(cu, error):
 def test_bad_cu_seqlens_k():
     q, k, v = torch.randn(1, 8, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
     cu = torch.tensor([0, 3, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="k is .* cu_seqlens_k"):
+    with pytest.raises(ValueError, match=r"k is .* cu_seqlens_k"):
         sliding_window_attention(q, k, v, cu_seqlens=cu)
     with pytest.raises(ValueError, match="as many sequences"):
         sliding_window_attention(q, k, v, cu_seqlens=cu, cu_seqlens_k=torch.tensor([0, 9], dtype=torch.int32))

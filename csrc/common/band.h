@@ -58,8 +58,8 @@ struct Run {
 
 // The run that begins at key j and ends before `end`. Keys are taken `step` at a time (2 where a
 // kernel multiplies pairs of keys), so runs have even length except at the end.
-inline Run next_run(const Band& band, int64_t i0, int64_t lanes, int64_t width, int64_t step,
-                    int64_t j, int64_t end) {
+inline Run next_run(const Band& band, int64_t i0, int64_t lanes, int64_t width, int64_t step, int64_t j,
+                    int64_t end) {
     const Range all{i0, i0 + lanes};
     const auto look = [&](int64_t a, Range& v) {
         const Range keys{a, a + step < end ? a + step : end};

@@ -328,8 +328,7 @@ SLM_INLINE void transpose(Vec<E>* rows) {
     if constexpr (S > 0) {
 #pragma GCC unroll 16
         for (int r = 0; r < N; ++r)
-            if (!(r & S))
-                swap_blocks<E, S>(rows[r], rows[r + S], std::make_integer_sequence<int, N>{});
+            if (!(r & S)) swap_blocks<E, S>(rows[r], rows[r + S], std::make_integer_sequence<int, N>{});
         transpose<E, S / 2>(rows);
     }
 }

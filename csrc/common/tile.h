@@ -54,8 +54,8 @@ struct Dot {
 #endif
 
 template <typename P, int M, int N, bool Add>
-SLM_INLINE void tile(int64_t K, const typename P::A* a, int64_t a_row, int64_t a_step,
-                     const typename P::B* b, int64_t b_step, typename P::Acc* c, int64_t c_row) {
+SLM_INLINE void tile(int64_t K, const typename P::A* a, int64_t a_row, int64_t a_step, const typename P::B* b,
+                     int64_t b_step, typename P::Acc* c, int64_t c_row) {
     using F = typename P::Acc;
     constexpr int L = kLanes<F>;
     Vec<F> acc[M][N] = {};  // also for Add: short sums added to the long one round less than one long sum
@@ -80,13 +80,11 @@ SLM_INLINE void tile(int64_t K, const typename P::A* a, int64_t a_row, int64_t a
 }
 
 template <typename P, int N, bool Add>
-SLM_INLINE void tile_rows(int64_t M, int64_t K, const typename P::A* a, int64_t a_row,
-                          int64_t a_step, const typename P::B* b, int64_t b_step,
-                          typename P::Acc* c, int64_t c_row) {
+SLM_INLINE void tile_rows(int64_t M, int64_t K, const typename P::A* a, int64_t a_row, int64_t a_step,
+                          const typename P::B* b, int64_t b_step, typename P::Acc* c, int64_t c_row) {
     int64_t r = 0;
     for (; r + kTileRows <= M; r += kTileRows)
-        tile<P, kTileRows, N, Add>(K, a + r * a_row, a_row, a_step, b, b_step, c + r * c_row,
-                                   c_row);
+        tile<P, kTileRows, N, Add>(K, a + r * a_row, a_row, a_step, b, b_step, c + r * c_row, c_row);
     if (r + 4 <= M) {
         tile<P, 4, N, Add>(K, a + r * a_row, a_row, a_step, b, b_step, c + r * c_row, c_row);
         r += 4;
@@ -100,9 +98,9 @@ SLM_INLINE void tile_rows(int64_t M, int64_t K, const typename P::A* a, int64_t 
 
 // C [M rows][N registers]; `K` counts steps of P. Not inlined: one body per policy serves every call.
 template <typename P, bool Add>
-__attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, const typename P::A* a,
-                                    int64_t a_row, int64_t a_step, const typename P::B* b,
-                                    int64_t b_step, typename P::Acc* c, int64_t c_row) {
+__attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, const typename P::A* a, int64_t a_row,
+                                    int64_t a_step, const typename P::B* b, int64_t b_step,
+                                    typename P::Acc* c, int64_t c_row) {
     constexpr int L = kLanes<typename P::Acc>;
     for (; N >= kTileVectors; N -= kTileVectors, b += kTileVectors * L, c += kTileVectors * L)
         tile_rows<P, kTileVectors, Add>(M, K, a, a_row, a_step, b, b_step, c, c_row);

@@ -43,11 +43,11 @@ struct BackwardBlock {
     B *qn, *don;      // Q, dO as B operands with queries as k: [W / Pair][d]
     F *st, *dpt;      // S^T then P^T, dP^T then dS^T [kGradKeys][W]
     A *pa, *dsa;      // P^T, dS^T as A operands; st, dpt themselves for Fma
-    B *dsb;           // dS^T as B operand
-    F *dqt;           // [D][W]
+    B* dsb;           // dS^T as B operand
+    F* dqt;           // [D][W]
     F *lse, *delta;   // [W]; lse in log2 units, +inf where there is nothing to see
     A *ka, *va;       // the chunk of keys and values as A operands [chunk][d]
-    B *kp;            // the chunk of keys in pairs (Dot)
+    B* kp;            // the chunk of keys in pairs (Dot)
     F *dka, *dva;     // their gradients [chunk][d]
 
     static size_t bytes(const slm::Gradient& g) {
@@ -58,11 +58,7 @@ struct BackwardBlock {
     }
 
     explicit BackwardBlock(const slm::Gradient& gradient)
-        : g(gradient),
-          p(g.problem),
-          d(round_up(p.D, L)),
-          dv(round_up(p.Dv, L)),
-          arena(bytes(gradient)) {
+        : g(gradient), p(g.problem), d(round_up(p.D, L)), dv(round_up(p.Dv, L)), arena(bytes(gradient)) {
         qt = arena.take<B>(d * W);
         dot = arena.take<B>(dv * W);
         qn = arena.take<B>(d * W);
@@ -185,7 +181,7 @@ struct BackwardBlock {
                 gemm<P, true>(p.D, run.v.size(), n, ka + at * d, 1, d, dsb + lane, W, dqt + lane, W);
         }
         unpack_transposed<P, true>(dqt, static_cast<const F*>(nullptr), rows, p.D, g.dq.at<F>(span.b, t, hq),
-                                g.dq.t);
+                                   g.dq.t);
     }
 
     // Rows with queries as k: as they lie if whole registers of F, else packed.
@@ -226,8 +222,7 @@ struct BackwardBlock {
                     slope *= F(1) - bent * bent;
                 }
                 prob = exp2_nonpositive<F>(s * c - shift);
-                if (run.masked)
-                    prob = select<F>(visible_lanes<F>(p.band, i0, j, v), prob, Vec<F>{});
+                if (run.masked) prob = select<F>(visible_lanes<F>(p.band, i0, j, v), prob, Vec<F>{});
                 ds = prob * (loadu<F>(dpt + at) - mean) * slope;
             };
             for (int64_t j = run.j.begin; j < run.j.end; j += Pair) {

@@ -118,9 +118,9 @@ Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
     p.bf16_dot = p.dtype == Dtype::bf16 && slm::get_isa() == slm::Isa::avx512 && slm::has_bf16_dot() &&
                  p.D % 2 == 0 && p.Dv % 2 == 0;  // products take pairs along D
     if (sinks.has_value()) {
-        STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.Hq &&
-                            sinks->scalar_type() == statistics_type(p.dtype),
-                        "sinks must be [Hq], float32 (float64 for float64 inputs)");
+        STD_TORCH_CHECK(
+            sinks->dim() == 1 && sinks->size(0) == p.Hq && sinks->scalar_type() == statistics_type(p.dtype),
+            "sinks must be [Hq], float32 (float64 for float64 inputs)");
         in.sinks = torch::stable::contiguous(*sinks);
     }
     p.q = rows_of(in.q), p.k = rows_of(in.k), p.v = rows_of(in.v);
@@ -145,13 +145,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     p.lse = lse.data_ptr();
     const auto& tier = kernels();
     const int64_t block = p.dtype == Dtype::f64 ? tier.lanes_f64 : tier.lanes_f32;
-    const auto first = tasks_before(p.spans, p.num_spans, [&](const Span& span) {
-        return (span.q.size() + block - 1) / block * p.H;
-    });
+    const auto first = tasks_before(
+        p.spans, p.num_spans, [&](const Span& span) { return (span.q.size() + block - 1) / block * p.H; });
     p.first = first.data();
-    torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
-        tier.forward(p, begin, end);
-    });
+    torch::stable::parallel_for(0, first.back(), 1,
+                                [&](int64_t begin, int64_t end) { tier.forward(p, begin, end); });
     return {o, lse};
 }
 
@@ -176,21 +174,20 @@ void run_tasks(slm::Gradient& g, const Span* spans, int64_t num_spans, Range hea
     p.spans = spans, p.num_spans = num_spans, p.heads = heads;
     const auto& tier = kernels();
     for (g.parity = 0; g.parity < 2; ++g.parity) {
-        const auto first = tasks_before(
-            spans, num_spans, [&](const Span& span) { return g.tasks(span) * heads.size(); });
+        const auto first =
+            tasks_before(spans, num_spans, [&](const Span& span) { return g.tasks(span) * heads.size(); });
         p.first = first.data();
         for (g.distance = distances.begin; g.distance < distances.end; g.distance += 2)
-            torch::stable::parallel_for(0, first.back(), 1, [&](int64_t begin, int64_t end) {
-                tier.backward(g, begin, end);
-            });
+            torch::stable::parallel_for(0, first.back(), 1,
+                                        [&](int64_t begin, int64_t end) { tier.backward(g, begin, end); });
     }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional dlse, const Tensor& q,
                                                     const Tensor& k, const Tensor& v, const Tensor& o,
                                                     const Tensor& lse, Optional sinks, Optional cu,
-                                                    Optional cu_k, int64_t left, int64_t right,
-                                                    double scale, double softcap) {
+                                                    Optional cu_k, int64_t left, int64_t right, double scale,
+                                                    double softcap) {
     Inputs in = read_inputs(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
     const int64_t B = q.size(0), S = k.size(1);
     slm::Gradient g{};
@@ -309,8 +306,9 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
     const size_t bytes = q.element_size();
     const auto append = [&](const Tensor& from, void* ring, int64_t b, int64_t h, int64_t size) {
         const int64_t slot = positions[b * s.H + h] % s.W;
-        const char* source = static_cast<const char*>(from.data_ptr()) +
-                             size_t(b * from.stride(0) + s.token * from.stride(1) + h * from.stride(2)) * bytes;
+        const char* source =
+            static_cast<const char*>(from.data_ptr()) +
+            size_t(b * from.stride(0) + s.token * from.stride(1) + h * from.stride(2)) * bytes;
         std::memcpy(static_cast<char*>(ring) + size_t(((b * s.H + h) * s.W + slot) * size) * bytes, source,
                     size_t(size) * bytes);
     };
@@ -323,9 +321,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
                 append(values, v_ring.data_ptr(), b, h, s.Dv);
                 ++positions[b * s.H + h];
             }
-        torch::stable::parallel_for(0, s.B * s.Hq, grain, [&](int64_t begin, int64_t end) {
-            tier.step(s, begin, end);
-        });
+        torch::stable::parallel_for(0, s.B * s.Hq, grain,
+                                    [&](int64_t begin, int64_t end) { tier.step(s, begin, end); });
     }
     return o;
 }

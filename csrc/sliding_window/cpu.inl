@@ -39,13 +39,11 @@ constexpr F kLn2 = F(0.693147180559945309417232121458176568);
 template <typename F>
 constexpr F kInf = F(__builtin_inf());
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Aligned scratch memory of one thread, cut into pieces.
 class Arena {
-   public:
+  public:
     explicit Arena(size_t bytes)
         : data_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(bytes + 64, 64))))) {
         if (data_ == nullptr) throw std::bad_alloc();
@@ -61,7 +59,7 @@ class Arena {
         return piece;
     }
 
-   private:
+  private:
     char* data_;
     size_t used_ = 0;
 };
@@ -78,8 +76,7 @@ inline int64_t find_span(const Problem& p, int64_t task) {
 
 // X^T of `rows` rows x [rows][D], as the B operand of P: out[D / kPair][kBlock]. Missing rows are zeros.
 template <typename P, typename E>
-SLM_INLINE void pack_transposed(const E* x, int64_t stride, int64_t rows, int64_t D,
-                                typename P::B* out) {
+SLM_INLINE void pack_transposed(const E* x, int64_t stride, int64_t rows, int64_t D, typename P::B* out) {
     using F = typename P::Acc;
     using B = typename P::B;
     constexpr int L = kLanes<F>, W = kBlock<F>;
@@ -130,8 +127,7 @@ SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, i
                 const Vec<uint32_t> low = load_words(even + d);
                 storeu<uint32_t>(to + d, paired ? low | load_words(odd + d) << 16 : low);
             }
-            for (; d < D; ++d)
-                to[d] = even[d].bits | (paired ? uint32_t(odd[d].bits) << 16 : 0u);
+            for (; d < D; ++d) to[d] = even[d].bits | (paired ? uint32_t(odd[d].bits) << 16 : 0u);
             for (; d < width; ++d) to[d] = 0;
         }
     }
@@ -169,8 +165,7 @@ SLM_INLINE void unpack_transposed(const typename P::Acc* x, const typename P::Ac
 template <typename E>
 SLM_INLINE void prefetch_rows(const E* x, int64_t stride, int64_t rows, int64_t D) {
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t d = 0; d < D; d += int64_t(64 / sizeof(E)))
-            __builtin_prefetch(x + i * stride + d, 0, 2);
+        for (int64_t d = 0; d < D; d += int64_t(64 / sizeof(E))) __builtin_prefetch(x + i * stride + d, 0, 2);
 }
 
 // Lanes of vector v whose queries see key j, for a block that stands at i0.
@@ -215,17 +210,17 @@ SLM_INLINE Vec<uint32_t> pair_lanes(Vec<float> even, Vec<float> odd) {
 #define SLM_DISPATCH_DOT(body, ...) (void)0
 #endif
 
-#define SLM_DISPATCH(body, dtype, dot, ...)                            \
-    switch (dtype) {                                                   \
-        case slm::Dtype::f32:                                          \
-            return body<float, float, Fma<float>>(__VA_ARGS__);        \
-        case slm::Dtype::f64:                                          \
-            return body<double, double, Fma<double>>(__VA_ARGS__);     \
-        case slm::Dtype::f16:                                          \
-            return body<float, Half, Fma<float>>(__VA_ARGS__);         \
-        case slm::Dtype::bf16:                                         \
-            if (dot) SLM_DISPATCH_DOT(body, __VA_ARGS__);              \
-            return body<float, BFloat16, Fma<float>>(__VA_ARGS__);     \
+#define SLM_DISPATCH(body, dtype, dot, ...)                        \
+    switch (dtype) {                                               \
+        case slm::Dtype::f32:                                      \
+            return body<float, float, Fma<float>>(__VA_ARGS__);    \
+        case slm::Dtype::f64:                                      \
+            return body<double, double, Fma<double>>(__VA_ARGS__); \
+        case slm::Dtype::f16:                                      \
+            return body<float, Half, Fma<float>>(__VA_ARGS__);     \
+        case slm::Dtype::bf16:                                     \
+            if (dot) SLM_DISPATCH_DOT(body, __VA_ARGS__);          \
+            return body<float, BFloat16, Fma<float>>(__VA_ARGS__); \
     }
 
 #include "forward.inl"

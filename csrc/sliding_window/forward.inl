@@ -33,8 +33,9 @@ struct ForwardBlock {
     }
 
     // Scores go through the softmax as they come out of the product, times c at the end: a row's largest
-    // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0) or lose the sink (scale near 0), or
-    // more than a factor is needed (softcap), the first pass rewrites them and c is 1.
+    // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0) or lose
+    // the sink (scale near 0), or more than a factor is needed (softcap), the first pass rewrites them and c
+    // is 1.
     explicit ForwardBlock(const Problem& problem)
         : p(problem),
           arena(bytes(problem)),
@@ -125,8 +126,8 @@ struct ForwardBlock {
         for (int r = 0; r < count; ++r) {
             const int64_t at = (runs[r].j.begin - j0) / kPair<P>, lane = runs[r].v.begin * L;
             const int64_t steps = (runs[r].j.size() + kPair<P> - 1) / kPair<P>;
-            gemm<P, true>(p.Dv, runs[r].v.size(), steps, a + at * a_step, a_row, a_step,
-                          pt + at * W + lane, W, ot + lane, W);
+            gemm<P, true>(p.Dv, runs[r].v.size(), steps, a + at * a_step, a_row, a_step, pt + at * W + lane,
+                          W, ot + lane, W);
         }
     }
 
@@ -147,8 +148,7 @@ struct ForwardBlock {
                         if (cap > 0) x = cap * tanh<F>(x / cap);
                         x *= kLog2e<F>;
                     }
-                    if (run.masked)
-                        x = select<F>(visible_lanes<F>(p.band, i0, j, v), x, splat<F>(-kInf<F>));
+                    if (run.masked) x = select<F>(visible_lanes<F>(p.band, i0, j, v), x, splat<F>(-kInf<F>));
                     if (rewrite || run.masked) storeu<F>(s, x);
                     high = vmax<F>(high, x);
                 }

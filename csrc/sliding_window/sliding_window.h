@@ -56,9 +56,7 @@ struct Gradient {
     bool whole;
 
     // Key chunks of a span, and how many of them have this parity.
-    int64_t tasks(const Span& span) const {
-        return ((span.k.size() + chunk - 1) / chunk + 1 - parity) / 2;
-    }
+    int64_t tasks(const Span& span) const { return ((span.k.size() + chunk - 1) / chunk + 1 - parity) / 2; }
 };
 
 struct Step {
@@ -81,7 +79,6 @@ struct SlidingWindowKernels {
     void (*step)(const Step&, int64_t begin, int64_t end);
 };
 
-extern const SlidingWindowKernels sliding_window_portable, sliding_window_avx2,
-    sliding_window_avx512;
+extern const SlidingWindowKernels sliding_window_portable, sliding_window_avx2, sliding_window_avx512;
 
 }  // namespace slm

@@ -58,7 +58,9 @@ def test_runs(left, right, step):
             seen[lanes:] = False
             used = np.flatnonzero(seen.any(1)) // width
             assert set(used) <= set(range(first, last)), "no lane that sees a key is left out"
-            inside = mask(left, right, i[first * width : min(last * width, lanes)][:, None], np.arange(a, b)[None])
+            inside = mask(
+                left, right, i[first * width : min(last * width, lanes)][:, None], np.arange(a, b)[None]
+            )
             assert masked or inside.all(), "no mask only where everything is seen"
             for j in range(a, b, step):  # and nothing is computed that no pair of keys needs
                 pair = np.flatnonzero(seen[:, j - a : j - a + step].any(1)) // width

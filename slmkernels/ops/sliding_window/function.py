@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import native
+from ...autograd import Function, apply_function
 from ...dispatch import Operation, register
-from ...validation import check_cu_seqlens, check_float_tensor, check_like, expect
+from ...validation import check_cu_seqlens, check_float_tensor, check_like, check_number, fail
 from . import reference, triton_kernels
 
 Window = int | tuple[int | None, int | None] | None
@@ -31,26 +32,32 @@ class Call(NamedTuple):
 
 def window_bounds(window: Window, causal: bool) -> tuple[int | None, int | None]:
     """The `window` argument as (left, right): query i sees i - left <= j <= i + right, None for no bound."""
-    is_pair = isinstance(window, (tuple, list)) and len(window) == 2
     expected = "None, an int >= 1, or a pair (left, right) of ints >= 0 or None"
-    expect(window is None or is_pair or type(window) is int, "window", window, expected, TypeError)
+    if window is None:
+        return None, (0 if causal else None)
     if type(window) is int:
-        expect(window >= 1, "window", window, expected)
-        hint = "a pair (left, right) when causal=False; an int counts the keys behind a causal query"
-        expect(causal, "window", window, hint)
+        if window < 1:
+            fail("window", window, expected)
+        if not causal:
+            hint = "a pair (left, right) when causal=False; an int counts the keys behind a causal query"
+            fail("window", window, hint)
         return window - 1, 0
-    left, right = window if is_pair else (None, None)
-    for side in (left, right):
-        expect(side is None or type(side) is int, "window", window, expected, TypeError)
-        expect(side is None or side >= 0, "window", window, expected)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        fail("window", window, expected, TypeError)
+    for side in window:
+        if side is not None and type(side) is not int:
+            fail("window", window, expected, TypeError)
+        if side is not None and side < 0:
+            fail("window", window, expected)
+    left, right = window
     return left, (0 if causal else right)
 
 
-def _number(name: str, value, positive: bool = False) -> float:
-    expected = "a finite number" + (" > 0" if positive else "")
-    expect(isinstance(value, (int, float)) and type(value) is not bool, name, value, expected, TypeError)
-    expect(abs(value) < float("inf") and (value > 0 or not positive), name, value, expected)
-    return float(value)
+def check_sinks(sinks, q: Tensor) -> None:
+    """One logit per query head, on q's device."""
+    check_float_tensor("sinks", sinks, 1, "[Hq]")
+    if sinks.shape[0] != q.shape[2] or sinks.device != q.device:
+        fail("sinks", sinks, f"shape [{q.shape[2]}], one logit per query head, on {q.device}")
 
 
 def prepare(
@@ -64,38 +71,44 @@ def prepare(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(low), k.to(low), v.to(low)
-    for name, x in (("k", k), ("v", v)):
-        check_like(name, x, "q", q)
-        expect(x.shape[0] == q.shape[0], name, x, f"batch {q.shape[0]} like q")
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
     B, T, Hq, D = q.shape
     S, H = k.shape[1], k.shape[2]
-    expect(D >= 1, "q", q, "a head dimension of at least 1")
-    expect(k.shape[3] == D, "k", k, f"head dimension {D} like q")
-    expect(v.shape[1] == S and v.shape[2] == H, "v", v, f"[{B}, {S}, {H}, Dv] to go with k")
-    expect(H >= 1 and Hq % H == 0, "q", q, f"a number of heads that k's {H} heads divide")
+    if D < 1:
+        fail("q", q, "a head dimension of at least 1")
+    if k.shape[0] != B or k.shape[3] != D:
+        fail("k", k, f"batch {B} and head dimension {D} like q")
+    if v.shape[:3] != k.shape[:3]:
+        fail("v", v, f"[{B}, {S}, {H}, Dv] to go with k")
+    if H < 1 or Hq % H != 0:
+        fail("q", q, f"a number of heads that k's {H} heads divide")
     left, right = window_bounds(window, causal)
-    scale = D**-0.5 if scale is None else _number("scale", scale)
-    softcap = None if softcap is None else _number("softcap", softcap, positive=True)
+    scale = D**-0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap, positive=True)
     if sinks is not None:
-        check_float_tensor("sinks", sinks, 1, "[Hq]")
-        expect(sinks.shape[0] == Hq, "sinks", sinks, f"shape [{Hq}], one logit per query head")
-        expect(sinks.device == q.device, "sinks", sinks, f"q's device {q.device}")
+        check_sinks(sinks, q)
     if cu_seqlens is not None:
-        expect(B == 1, "q", q, "batch 1 with cu_seqlens (sequences are packed along T)")
+        if B != 1:
+            fail("q", q, "batch 1 with cu_seqlens (sequences are packed along T)")
         check_cu_seqlens("cu_seqlens", cu_seqlens, T, q.device)
     if cu_seqlens_k is not None:
-        expect(cu_seqlens is not None, "cu_seqlens_k", cu_seqlens_k, "cu_seqlens beside it")
+        if cu_seqlens is None:
+            fail("cu_seqlens_k", cu_seqlens_k, "cu_seqlens beside it")
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, S, q.device)
-        same = cu_seqlens_k.shape == cu_seqlens.shape
-        expect(same, "cu_seqlens_k", cu_seqlens_k, f"as many sequences as cu_seqlens, {cu_seqlens.shape[0] - 1}")
-    elif cu_seqlens is not None:
-        expect(S == T, "k", k, f"length {T} like q, or cu_seqlens_k")
+        if cu_seqlens_k.shape != cu_seqlens.shape:
+            sequences = cu_seqlens.shape[0] - 1
+            fail("cu_seqlens_k", cu_seqlens_k, f"as many sequences as cu_seqlens, {sequences}")
+    elif cu_seqlens is not None and S != T:
+        fail("k", k, f"length {T} like q, or cu_seqlens_k")
     return Call(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
 
 
 def _native_reason(call: Call) -> str | None:
     if call.q.device.type == "cuda":
-        return native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+        return (
+            native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+        )
     return native.reason_against(call.q.device)
 
 
@@ -116,8 +129,8 @@ def _unbounded(side: int | None) -> int:
     return -1 if side is None else side  # the operators' schema has no optional int that costs nothing
 
 
-class SlidingWindowAttention(torch.autograd.Function):
-    """Forward and backward over the operators of one backend; saves q, k, v, o and lse, nothing of size T x S."""
+class SlidingWindowAttention(Function):
+    """Forward and backward over the operators of one backend; saves q, k, v, o, lse, nothing of size T S."""
 
     @staticmethod
     def forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap, prefix):
@@ -137,9 +150,7 @@ class SlidingWindowAttention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         op = getattr(torch.ops.slmkernels, f"{ctx.prefix}sliding_window_backward").default
-        dq, dk, dv, dsinks = op(
-            do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, *ctx.options
-        )
+        dq, dk, dv, dsinks = op(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, *ctx.options)
         return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
 
@@ -201,7 +212,8 @@ def sliding_window_attention(
             call = call._replace(sinks=sinks.to(torch.promote_types(call.q.dtype, torch.float32)))
         bounds = _unbounded(call.left), _unbounded(call.right)
         prefix = "triton_" if chosen == "triton" else ""
-        o, lse = SlidingWindowAttention.apply(*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)
+        arguments = (*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)
+        o, lse = apply_function(SlidingWindowAttention, *arguments)
     return (o, lse) if return_lse else o
 
 
@@ -211,9 +223,7 @@ def _fake_forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, 
     return q.new_empty(B, T, Hq, v.shape[-1]), q.new_empty(B, Hq, T, dtype=dtype)
 
 
-def _fake_backward(
-    do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap
-):
+def _fake_backward(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap):
     def like(x):
         return x.new_empty(x.shape)  # contiguous, whatever x's strides
 

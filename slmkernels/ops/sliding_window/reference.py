@@ -5,6 +5,8 @@ Letters: B batch, T queries, S keys, Hq query heads, H key-value heads, D head s
 Source: Beltagy et al., Longformer (2020), section 3.1; sinks as in gpt-oss, softcap as in Gemma 2.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def attention(q, k, v, sinks, left, right, scale, softcap):
 def sliding_window_attention(
     q, k, v, sinks=None, cu_seqlens=None, cu_seqlens_k=None, *, left, right, scale, softcap=None
 ) -> tuple[Tensor, Tensor]:
-    """The whole operation -> o [B, T, Hq, Dv] in q's dtype, lse [B, Hq, T] in float32 (float64 for float64)."""
+    """The whole operation -> o [B, T, Hq, Dv] in q's dtype, lse [B, Hq, T] in float32 at least."""
     options = (sinks, left, right, scale, softcap)
     if cu_seqlens is None:
         o, lse = attention(q, k, v, *options)
@@ -55,7 +57,7 @@ def sliding_window_attention(
     spans_k = spans_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     parts = [
         attention(q[:, a:b], k[:, c:d], v[:, c:d], *options)
-        for a, b, c, d in zip(spans_q, spans_q[1:], spans_k, spans_k[1:], strict=False)
+        for (a, b), (c, d) in zip(pairwise(spans_q), pairwise(spans_k), strict=True)
     ]
     o = torch.cat([part[0] for part in parts], dim=1)
     return o.to(q.dtype), torch.cat([part[1] for part in parts], dim=2)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Operation, register
-from ...validation import FLOATS, check_float_tensor, check_like, describe, expect
+from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
 from . import reference, triton_kernels
-from .function import _number, sliding_window_attention
+from .function import check_sinks, sliding_window_attention
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
@@ -40,9 +40,13 @@ class RingCache:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = {"batch": batch, "window": window, "kv_heads": kv_heads}
         for name, size in {**sizes, "head_dim": head_dim, "v_head_dim": v_head_dim}.items():
-            expect(type(size) is int, name, size, "an int", TypeError)
-            expect(size >= (0 if name == "batch" else 1), name, size, "at least 1")
-        expect(dtype in FLOATS, "dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
+            least = 0 if name == "batch" else 1
+            if type(size) is not int:
+                fail(name, size, f"an int of at least {least}", TypeError)
+            if size < least:
+                fail(name, size, f"at least {least}")
+        if dtype not in FLOATS:
+            fail("dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
         rows = (batch, kv_heads, window)
         self.k = torch.zeros(*rows, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros(*rows, v_head_dim, dtype=dtype, device=device)
@@ -94,32 +98,37 @@ class StepCall(NamedTuple):
 
 def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=None) -> StepCall:
     """Check the public arguments; the errors a user sees come from here."""
-    expect(isinstance(cache, RingCache), "cache", cache, "a RingCache", TypeError)
+    if not isinstance(cache, RingCache):
+        fail("cache", cache, "a RingCache", TypeError)
     check_float_tensor("q", q, 4, "[B, n, Hq, D]")
     check_float_tensor("k", k, 4, "[B, n, Hkv, D]")
     check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
     B, H, _, D = cache.k.shape
-    n, Hq = q.shape[1], q.shape[2]
+    n, Hq, Dv = q.shape[1], q.shape[2], cache.v.shape[3]
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_like(name, x, "cache", cache.k)
-        grad = torch.is_grad_enabled() and x.requires_grad
-        expect(not grad, name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
-    expect(q.shape[0] == B and q.shape[3] == D, "q", q, f"[{B}, n, Hq, {D}] to go with the cache")
-    expect(Hq % H == 0, "q", q, f"a number of heads that the cache's {H} heads divide")
-    expect(k.shape == (B, n, H, D), "k", k, f"shape {[B, n, H, D]}")
-    expect(v.shape == (B, n, H, cache.v.shape[3]), "v", v, f"shape {[B, n, H, cache.v.shape[3]]}")
+        if x.requires_grad and torch.is_grad_enabled():
+            fail(name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
+    if q.shape[0] != B or q.shape[3] != D:
+        fail("q", q, f"[{B}, n, Hq, {D}] to go with the cache")
+    if Hq % H != 0:
+        fail("q", q, f"a number of heads that the cache's {H} heads divide")
+    if k.shape != (B, n, H, D):
+        fail("k", k, f"shape {[B, n, H, D]}")
+    if v.shape != (B, n, H, Dv):
+        fail("v", v, f"shape {[B, n, H, Dv]}")
     if sinks is not None:
-        check_float_tensor("sinks", sinks, 1, "[Hq]")
-        expect(sinks.shape[0] == Hq, "sinks", sinks, f"shape [{Hq}], one logit per query head")
-        expect(sinks.device == q.device, "sinks", sinks, f"q's device {q.device}")
-    scale = D**-0.5 if scale is None else _number("scale", scale)
-    softcap = None if softcap is None else _number("softcap", softcap, positive=True)
+        check_sinks(sinks, q)
+    scale = D**-0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap, positive=True)
     return StepCall(q, k, v, cache, sinks, scale, softcap)
 
 
 def _native_reason(call: StepCall) -> str | None:
     if call.q.device.type == "cuda":
-        return native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+        return (
+            native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+        )
     return native.reason_against(call.q.device)
 
 
@@ -147,7 +156,7 @@ def sliding_window_attention_step(
     sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Append n >= 1 tokens to a `RingCache` and attend; equals the full causal call, for any split into steps.
+    """Append n tokens to a `RingCache` and attend; equals the full causal call, for any split into steps.
 
     Args:
         q: `[B, n, Hq, D]`, k `[B, n, Hkv, D]`, v `[B, n, Hkv, Dv]`: the new tokens, in the cache's dtype.

@@ -12,8 +12,6 @@
 // Storage type E, arithmetic type F (float, or double for double), and a policy P for the matrix
 // products: Fma<F>, or Dot for bfloat16 where the CPU has dot products of pairs.
 
-#include <new>
-
 #include "../common/tile.h"
 #include "sliding_window.h"
 

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -58,6 +62,26 @@ Tensor dense_rows(const Tensor& x) {
 }
 
 Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// A new tensor, of zeros if asked. Large ones take huge pages where the system grants them on request: their
+// first touch would otherwise cost a page fault for every 4 KiB, on every call.
+Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype, bool zeros) {
+    const Tensor x = torch::stable::new_empty(like, shape, dtype);
+    const int64_t bytes = x.numel() * int64_t(x.element_size());
+    char* data = static_cast<char*>(x.data_ptr());
+#if defined(__linux__)
+    constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
+    if (bytes >= int64_t(2 * kHuge) && last > first)
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint; may fail
+#endif
+    if (zeros)
+        torch::stable::parallel_for(0, bytes, int64_t(1) << 20, [&](int64_t begin, int64_t end) {
+            std::memset(data + begin, 0, size_t(end - begin));
+        });
+    return x;
+}
 
 std::vector<int64_t> offsets(const Tensor& x, int64_t total, const char* name) {
     STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == ScalarType::Int, name,
@@ -139,7 +163,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    double softcap) {
     Inputs in = read_inputs(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
     slm::Problem& p = in.problem;
-    Tensor o = torch::stable::new_empty(q, {q.size(0), p.T, p.Hq, p.Dv});
+    Tensor o = fresh(q, {q.size(0), p.T, p.Hq, p.Dv}, q.scalar_type(), false);
     Tensor lse = torch::stable::new_empty(q, {q.size(0), p.Hq, p.T}, statistics_type(p.dtype));
     p.o = rows_of(o);
     p.lse = lse.data_ptr();
@@ -227,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
 
     const bool in_place = exact == q.scalar_type();  // accumulate where the results belong
     const auto result = [&](std::initializer_list<int64_t> shape, bool added) {
-        return added ? torch::stable::new_zeros(q, shape) : torch::stable::new_empty(q, shape);
+        return fresh(q, shape, q.scalar_type(), added);
     };
     const Tensor dq = result({B, p.T, p.Hq, p.D}, in_place);
     const Tensor dk = result({B, S, p.H, p.D}, in_place && !g.whole);
@@ -249,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
             const int64_t nb = std::min(batches, B - b), nh = std::min(heads, p.H - h);
             std::vector<std::tuple<Tensor, Tensor, int64_t>> conversions;  // to, from, first head
             const auto accumulate = [&](const Tensor& to, int64_t head, int64_t count) {
-                const Tensor sum = torch::stable::new_zeros(lses, {nb, to.size(1), count, to.size(3)});
+                const Tensor sum = fresh(lses, {nb, to.size(1), count, to.size(3)}, exact, true);
                 conversions.emplace_back(to, sum, head);
                 Rows rows = rows_of(sum);  // b and h stay absolute
                 rows.data = static_cast<float*>(rows.data) - (b * rows.b + head * rows.h);

@@ -6,7 +6,16 @@
 //     O^T += V^T P^T         tile kernel, A = V rows as they lie (read across), B = P^T
 //
 // Keys before the window's first or after its last are never touched. O^T, l, m stay in cache; scratch is
-// some 64 KiB a thread. Useful work: 4 D FLOPs a visible score, one exp2 (12 instructions a register).
+// some 64 KiB a thread. Useful work: 4 D FLOPs a visible score, one exp2 (14 instructions a register).
+//
+// Measured on one core of an AMD Zen 4 (float32 peak 97 to 115 GFLOP/s as its clock goes, bfloat16 twice
+// that; H = 8, T = 4096, D = 64, W = 256), useful GFLOP/s: float32 75 to 80, bfloat16 120 to 139. The tile
+// kernel itself runs at the peak; it is 3/4 of the float32 time, 2/3 of the bfloat16 time. What was tried:
+//   - prefetching the next block's rows: 74 -> 80 (float32);
+//   - rescaling O^T only where m rose by more than 2^8: 8 % of the bfloat16 softmax and packing;
+//   - keys and values copied into adjacent rows first: at most 4 %, which the copy costs; not taken;
+//   - whole blocks with masks instead of runs: computes 25 % more at W = 256, runs 6 %; not taken;
+//   - streaming stores of O: no change.
 
 constexpr int64_t kKeys = 64;  // keys per softmax block
 
@@ -160,7 +169,7 @@ struct ForwardBlock {
             const Run& run = runs[r];
             for (int64_t v = run.v.begin; v < run.v.end; ++v) {
                 const Vec<F> shift = finite_or_zero(loadu<F>(m + v * L));
-                Vec<F> sum = loadu<F>(l + v * L);
+                Vec<F> sum{};  // of this run alone: rounds less than one long sum
                 F* s = st + (run.j.begin - j0) * W + v * L;
                 for (int64_t j = run.j.begin; j < run.j.end; j += kPair<P>, s += kPair<P> * W) {
                     const Vec<F> x = exp2_nonpositive<F>((loadu<F>(s) - shift) * c);
@@ -174,7 +183,7 @@ struct ForwardBlock {
                         storeu<B>(pt + (j - j0) / 2 * W + v * L, pair_lanes(x, y));
                     }
                 }
-                storeu<F>(l + v * L, sum);
+                storeu<F>(l + v * L, loadu<F>(l + v * L) + sum);
             }
         }
     }

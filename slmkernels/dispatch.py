@@ -51,7 +51,7 @@ class Operation:
 
     name: str
     supports: dict[str, Callable[[Any], str | None]]
-    prepare: Callable[..., Any] | None = None  # the public arguments -> the checked call
+    prepare: Callable[..., Any]  # the public arguments -> the checked call
     warned: set[str] = field(default_factory=set)
 
     def choose(self, call: Any, backend: str | None = None) -> str:

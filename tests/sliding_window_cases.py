@@ -4,6 +4,9 @@ An implementation passes if its error against the float64 reference is at most t
 computation in PyTorch in the same dtype, plus a rounding of the largest value:
 
     |ours - ref64| <= 2 |torch_same_dtype - ref64| + eps * max(1, max|ref64|)
+
+The backward takes delta = sum(dO O) from o as it was saved, rounded to dtype, as every flash attention
+does. Where dP and delta cancel, that rounding is all that is left of dS; `rounding_of_delta` allows for it.
 """
 
 import torch
@@ -85,6 +88,18 @@ def rounded(tensors, dtype):
     return tuple(None if x is None else x.to(dtype).double() for x in tensors)
 
 
+def rounding_of_delta(tensors, o, dtype, scale):
+    """How far o's rounding to dtype can move each gradient: u sum|dO O| a row, times what multiplies dS."""
+    q, k, _, _, do, _ = tensors
+    rows = torch.finfo(dtype).eps / 2 * (do.double() * o).abs().sum(-1)  # [B, T, Hq]
+    largest = rows.max().item() * abs(scale)
+    return {
+        "dq": largest * k.abs().max().item(),
+        "dk": largest * q.abs().max().item(),
+        "dsinks": rows.square().sum((0, 1)).sqrt().max().item(),
+    }
+
+
 def check(tensors, dtype, backend, *, scores=8.0, **options):
     """Assert the acceptance rule for o, lse and every gradient.
 
@@ -93,6 +108,9 @@ def check(tensors, dtype, backend, *, scores=8.0, **options):
     ours = run(tensors, dtype, backend, **options)
     same = run(tensors, dtype, "torch", **options)
     exact = run(rounded(tensors, dtype), torch.float64, "reference", **options)
+    seen = all(x is None or x.numel() for x in tensors)
+    scale = options.get("scale", tensors[0].shape[-1] ** -0.5)
+    slack = rounding_of_delta(tensors, exact["o"], dtype, scale) if seen else {}
     for name, truth in exact.items():
         statistic = torch.promote_types(dtype, torch.float32)
         expected = statistic if name == "lse" else dtype
@@ -110,6 +128,7 @@ def check(tensors, dtype, backend, *, scores=8.0, **options):
         error = (ours[name].double() - truth)[mask].abs().max().item()
         allowed = 2 * (same[name].double() - truth)[mask].abs().max().item()
         size = max(1.0, truth[mask].abs().max().item())
+        allowed += slack.get(name, 0.0)
         assert error <= allowed + EPS[dtype] * size * scores / 8, (
-            f"{name}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
+            f"{name}: error {error:.2e}, allowed {allowed:.2e}"
         )

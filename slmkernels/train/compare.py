@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from ..models import SmallLM
 from ..nn import SlidingWindowAttention
 from ..ops.sliding_window.function import sliding_window_attention, window_bounds
+from ..ops.sliding_window.reference import visible
 
 
 @contextlib.contextmanager
@@ -30,16 +31,8 @@ def use_attention(model: torch.nn.Module, attend: Callable[..., Tensor]) -> Iter
             layer.attend = function
 
 
-@functools.lru_cache(maxsize=16)
-def band_mask(T: int, left: int | None, right: int | None, device: torch.device) -> Tensor:
-    """bool `[T, T]`, true where key j is visible to query i: `i - left <= j <= i + right`."""
-    i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
-    mask = torch.ones(T, T, dtype=torch.bool, device=device)
-    if left is not None:
-        mask &= j >= i - left
-    if right is not None:
-        mask &= j <= i + right
-    return mask
+# bool [T, T], true where a key is visible; made once a shape
+band_mask = functools.lru_cache(maxsize=16)(visible)
 
 
 def sdpa_band(q: Tensor, k: Tensor, v: Tensor, *, window=None, causal=True, backend=None, **others) -> Tensor:
@@ -58,7 +51,7 @@ def sdpa_band(q: Tensor, k: Tensor, v: Tensor, *, window=None, causal=True, back
     if wide and right == 0:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
-        mask = band_mask(T, left, right, q.device)
+        mask = band_mask(T, T, left, right, q.device)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return o.transpose(1, 2)  # [B, T, Hq, D]
 
@@ -80,11 +73,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, *, window=None, causal=True, backend=N
 
 @functools.lru_cache(maxsize=16)
 def _block_mask(T: int, left: int | None, right: int | None, device: torch.device):
-    def visible(b, h, i, j):
+    def inside(b, h, i, j):
         mask = j >= (i - left if left is not None else 0)
         return mask & (j <= i + right) if right is not None else mask
 
-    return create_block_mask(visible, None, None, T, T, device=device)
+    return create_block_mask(inside, None, None, T, T, device=device)
 
 
 @functools.cache

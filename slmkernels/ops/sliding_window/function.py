@@ -104,7 +104,8 @@ def prepare(
     return Call(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
 
 
-def _native_reason(call: Call) -> str | None:
+def native_reason(call) -> str | None:
+    """None where native kernels can run `call` (of this operation or of its decode step), else why not."""
     if call.q.device.type == "cuda":
         return (
             native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
@@ -112,17 +113,13 @@ def _native_reason(call: Call) -> str | None:
     return native.reason_against(call.q.device)
 
 
-OPERATION = register(
-    Operation(
-        "sliding_window_attention",
-        supports={
-            "native": _native_reason,
-            "triton": triton_kernels.reason_against,
-            "reference": lambda call: None,
-        },
-        prepare=prepare,
-    )
-)
+# Best first; the same for the operation and its decode step.
+SUPPORTS = {
+    "native": native_reason,
+    "triton": triton_kernels.reason_against,
+    "reference": lambda call: None,
+}
+OPERATION = register(Operation("sliding_window_attention", dict(SUPPORTS), prepare))
 
 
 def _unbounded(side: int | None) -> int:

@@ -8,8 +8,8 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Operation, register
 from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
-from . import reference, triton_kernels
-from .function import check_sinks, sliding_window_attention
+from . import reference
+from .function import SUPPORTS, check_sinks, sliding_window_attention
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
@@ -124,25 +124,7 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     return StepCall(q, k, v, cache, sinks, scale, softcap)
 
 
-def _native_reason(call: StepCall) -> str | None:
-    if call.q.device.type == "cuda":
-        return (
-            native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
-        )
-    return native.reason_against(call.q.device)
-
-
-OPERATION = register(
-    Operation(
-        "sliding_window_attention_step",
-        supports={
-            "native": _native_reason,
-            "triton": triton_kernels.reason_against,
-            "reference": lambda call: None,
-        },
-        prepare=prepare,
-    )
-)
+OPERATION = register(Operation("sliding_window_attention_step", dict(SUPPORTS), prepare))
 
 
 def sliding_window_attention_step(

@@ -29,7 +29,7 @@ $(DEPS): requirements-dev.txt
 	@touch $@
 
 $(INSTALLED): $(DEPS) $(NATIVE)
-	$(PY) -m pip install --quiet --no-build-isolation -e .
+	SLMKERNELS_STRICT=1 $(PY) -m pip install --quiet --no-build-isolation -e .
 	@touch $@
 
 install: $(INSTALLED) ## make .venv and install the package into it, editable
@@ -40,6 +40,7 @@ demo: $(INSTALLED) ## train a small model for about a minute and compare with pl
 test: $(INSTALLED) ## every test but the slow ones; the Triton kernels in the interpreter
 	@status=0; \
 	$(PYTEST) -m "not slow" --ignore=tests/test_sliding_window_triton.py tests || status=1; \
+	$(PYTEST) benchmarks/test_benchmarks.py -k "small_model or decode" || status=1; \
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/test_sliding_window_triton.py || status=1; \
 	exit $$status
 
@@ -65,7 +66,7 @@ format: $(DEPS) ## rewrite every file as lint wants it
 sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour sanitizers
 	@test -n "$(SANITIZED_TESTS)" || { echo "sanitize: found no native tests"; exit 1; }
 	rm -rf build/asan
-	SLMKERNELS_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/asan --build-lib $(ASAN_TREE)
+	SLMKERNELS_STRICT=1 SLMKERNELS_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/asan --build-lib $(ASAN_TREE)
 	cp -r pyproject.toml tests $(ASAN_TREE)
 	cd $(ASAN_TREE) && OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \

@@ -37,16 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _backend(args):
             args.run(args)
         return 0
-    except (TrainError, Unsupported) as error:
-        print(f"slmkernels {args.command}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output left; Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (TrainError, Unsupported, OSError, MemoryError) as error:
+        print(f"slmkernels {args.command}: {error or 'out of memory'}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"slmkernels {args.command}: {stop}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"slmkernels {args.command}: interrupted", file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output left; Python flushes once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 130
 
 
@@ -131,6 +131,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _device(name: str) -> torch.device:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise TrainError(f"--device {name!r} cannot be used; expected cpu or cuda")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -167,6 +169,8 @@ def _train(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     model = load_model(args.checkpoint, device)
+    if not 0 <= args.seed < 2**63:
+        raise TrainError(f"--seed is {args.seed}; expected an int from 0 to 2^63 - 1")
     generator = torch.Generator(device).manual_seed(args.seed)
     options = {"temperature": args.temperature, "top_k": args.top_k, "generator": generator}
     try:

@@ -28,7 +28,7 @@ def _checked(name: str | None, source: str) -> str | None:
 
 
 # The one piece of global state: a forced backend, from the environment until `use_backend` changes it.
-_forced: str | None = os.environ.get("SLMKERNELS_BACKEND") or None
+_forced = _checked(os.environ.get("SLMKERNELS_BACKEND") or None, "SLMKERNELS_BACKEND")
 
 
 @contextlib.contextmanager

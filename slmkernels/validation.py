@@ -1,7 +1,7 @@
 """Argument checks the operations share. Every error names the argument, what it was and what it must be."""
 
 import itertools
-import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -53,7 +53,7 @@ def check_number(name: str, value, positive: bool = False) -> float:
     expected = "a finite number > 0" if positive else "a finite number"
     if not isinstance(value, (int, float)) or type(value) is bool:
         fail(name, value, expected, TypeError)
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         fail(name, value, expected)
     return float(value)
 

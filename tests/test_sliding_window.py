@@ -439,6 +439,64 @@ def test_bad_cu_seqlens_k():
 
 
 @needs_native
+@pytest.mark.parametrize("window", [2**62, 2**63 - 1, 2**63, 2**70])
+def test_enormous_windows_hide_nothing(window):
+    tensors = inputs(22, 1, 40, 30, 2, 1, 16, 16)
+    for wide, unbounded in (
+        ({"window": window}, {}),
+        ({"window": (window, window), "causal": False}, {"causal": False}),
+        ({"window": (3, window), "causal": False}, {"window": (3, None), "causal": False}),
+    ):
+        ours = run(tensors, torch.float64, "native", **wide)
+        expected = run(tensors, torch.float64, "native", **unbounded)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_shows_wherever_it_was_seen(dtype):
+    """A NaN key spoils exactly the rows that see it, and the gradients that those rows reach."""
+    tensors = inputs(23, 1, 40, 40, 2, 2, 16, 16, sinks=True)
+    tensors[1][0, 20] = torch.nan
+    got = run(tensors, dtype, "native", window=4)
+    rows = torch.zeros(40, dtype=torch.bool)
+    rows[20:24] = True
+    assert torch.equal(got["o"].isnan().all(-1).all(-1)[0], rows)
+    assert torch.equal(got["lse"].isnan().all(1)[0], rows)
+    keys = torch.zeros(40, dtype=torch.bool)
+    keys[17:24] = True  # what those rows see
+    assert torch.equal(got["dv"].isnan().any(-1).any(-1)[0], keys)
+    assert got["dsinks"].isnan().all()
+    tensors = inputs(23, 1, 10, 10, 2, 2, 16, 16, sinks=True)
+    tensors[3][0] = torch.nan
+    got = run(tensors, dtype, "native", window=4)
+    assert got["o"][:, :, 0].isnan().all()
+    assert got["o"][:, :, 1].isfinite().all()
+    assert got["dsinks"].isnan().tolist() == [True, False]
+
+
+@needs_native
+def test_raw_backward_refuses_what_does_not_fit():
+    q, k = torch.randn(1, 8, 4, 16), torch.randn(1, 8, 2, 16)
+    tail = (None, None, None, 4, 0, 0.25, 0.0)
+    o, lse = torch.ops.slmkernels.sliding_window_forward(q, k, k, *tail)
+    backward = torch.ops.slmkernels.sliding_window_backward
+    for dlse in (torch.ones(1), torch.ones(1, 4, 8).double(), torch.ones(1, 8, 4), torch.ones(0)):
+        with pytest.raises(RuntimeError, match="dlse must be"):
+            backward(o, dlse, q, k, k, o, lse, *tail)
+    with pytest.raises(RuntimeError, match="lse must be"):
+        backward(o, None, q, k, k, o, lse.transpose(1, 2), *tail)
+    with pytest.raises(RuntimeError, match="dout and o"):
+        backward(o[:, :4], None, q, k, k, o, lse, *tail)
+
+
+def test_meta_tensors_have_shapes():
+    q, k = torch.randn(1, 8, 4, 16, device="meta"), torch.randn(1, 8, 2, 16, device="meta")
+    with use_backend("reference"):
+        assert sliding_window_attention(q, k, k, window=4).shape == q.shape
+
+
+@needs_native
 def test_raw_operator_refuses_what_does_not_fit():
     """The C++ side checks too: whoever calls the operator directly gets an error, not a crash."""
     q, k = torch.randn(1, 8, 4, 16), torch.randn(1, 8, 2, 16)
@@ -452,6 +510,12 @@ def test_raw_operator_refuses_what_does_not_fit():
         forward(q, k, k, None, torch.tensor([0, 9], dtype=torch.int32), None, *tail)
     with pytest.raises(RuntimeError):
         forward(q.int(), k.int(), k.int(), None, None, None, *tail)
+    with pytest.raises(RuntimeError, match="cu_seqlens_k needs"):
+        forward(q, k, k, None, None, torch.tensor([0, 8], dtype=torch.int32), *tail)
+    with pytest.raises(RuntimeError, match="finite"):
+        forward(q, k, k, None, None, None, 4, 0, math.nan, 0.0)
+    with pytest.raises(RuntimeError, match="left and right"):
+        forward(q, k, k, None, None, None, -5, 0, 1.0, 0.0)
 
 
 def test_backends(monkeypatch):

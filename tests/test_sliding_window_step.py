@@ -106,6 +106,32 @@ def test_opcheck():
     torch.library.opcheck(op, (q, k, v, cache.k, cache.v, cache.position, None, 0.25, 0.0))
 
 
+@pytest.mark.skipif(not native.HAS_CPU, reason="native library absent")
+def test_raw_operator_refuses_what_does_not_fit():
+    q, k, _ = tensors(6, 1, 2, 4, 2, 16, 16, torch.float32)
+    step = torch.ops.slmkernels.sliding_window_step
+    for change in (-5, -(2**40)):
+        cache = RingCache(1, 8, 2, 16)
+        cache.position += change
+        with pytest.raises(RuntimeError, match="position must be >= 0"):
+            step(q, k, k, cache.k, cache.v, cache.position, None, 0.25, 0.0)
+    cache = RingCache(1, 8, 2, 16)
+    with pytest.raises(RuntimeError, match="position"):
+        step(q, k, k, cache.k, cache.v, cache.position.T, None, 0.25, 0.0)
+    with pytest.raises(RuntimeError):
+        step(q, k, k, cache.k, cache.v[:, :, :4], cache.position, None, 0.25, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_decodes_in_the_caches_dtype(backend):
+    q, k, v = tensors(7, 1, 20, 4, 2, 16, 16, torch.float32)
+    plain, _ = decode(q, k, v, 6, [1, 9, 10], backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = decode(q, k, v, 6, [1, 9, 10], backend)
+    assert cast.dtype == torch.float32
+    assert torch.equal(plain, cast)
+
+
 def test_zero_tokens_and_zero_batch():
     cache = RingCache(0, 4, 2, 16)
     x = torch.randn(0, 1, 2, 16)
@@ -126,6 +152,7 @@ BAD = {
     "sinks of another size": ({"sinks": torch.zeros(5)}, ValueError, "sinks is"),
     "softcap negative": ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
     "a gradient": ({"q": torch.randn(1, 1, 4, 16, requires_grad=True)}, ValueError, "no_grad"),
+    "a gradient of sinks": ({"sinks": torch.zeros(4, requires_grad=True)}, ValueError, "no_grad"),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
 }
 

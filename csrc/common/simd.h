@@ -1,5 +1,8 @@
-// Vectors of one register, for the tier that includes this file: arithmetic by GCC/Clang vector
-// extensions, conversions between storage types, exp2 and tanh, in-register transposition.
+// Vectors of one register, for the tier that includes this file: arithmetic by GCC's vector extensions,
+// conversions between storage types, exp2 and tanh, in-register transposition.
+//
+// (GCC 12 warns of an uninitialised operand in the unmasked intrinsics; the zero-masked ones with a full
+// mask compile to the same instruction.)
 //
 // Included inside a tier's translation unit after `#pragma GCC target`, so everything sits in an
 // anonymous namespace: no symbol of one tier can be taken by the linker for another's. SLM_BYTES is
@@ -37,9 +40,6 @@ template <typename F>
 using Int = typename IntegerOf<F>::type;
 template <typename F>
 using Mask = Vec<Int<F>>;  // all bits of a lane set where true, as comparisons of vectors give it
-
-// (GCC 12 warns of an uninitialised operand in the unmasked intrinsics; the zero-masked ones with a full
-// mask compile to the same instruction.)
 
 // Storage types. float and double stand for themselves.
 struct BFloat16 {

@@ -11,14 +11,11 @@
 //
 // delta = rowsum(dO O) - dlse is taken while a block is packed; recomputing it per phase costs D FLOPs a
 // row. Two-pass backward (dQ, then dK and dV) would need seven products instead of five.
-
-// Measured as in forward.inl, useful GFLOP/s of one core: float32 71 to 82, bfloat16 123 to 144. What was
-// tried:
-//   - the chunk's rows and their gradients in adjacent scratch rows, queries prefetched: 89 -> 76 ms
-//   (float32);
-//   - tasks of one chunk of queries instead of two: every chunk of keys copied and added twice, and its
-//   16-bit
-//     gradients kept in float32 in between; 51 against 44 ms (bfloat16);
+//
+// Measured as in forward.inl, useful GFLOP/s of one core: float32 71 to 82, bfloat16 123 to 144. Tried:
+//   - the chunk's rows and gradients in adjacent scratch rows, queries prefetched: 89 -> 76 ms (float32);
+//   - one chunk of queries a task instead of two: keys are copied and added twice, and their gradients
+//     kept in float32 in between; 51 against 44 ms (bfloat16); not taken;
 //   - conversions by AVX512-BF16 and dQ prefetched: 43 -> 38 ms (bfloat16);
 //   - sums of a run added to the total, instead of one long sum: error of dv 4.1e-6 -> 1.4e-6, no cost;
 //   - the heads of one chunk one after the other, for the sake of shared pages: no change.
@@ -213,7 +210,7 @@ struct BackwardBlock {
         const int64_t at = (span.b * p.Hq + hq) * p.T + t;
         const F* given = static_cast<const F*>(p.lse) + at;
         for (int64_t n = 0; n < W; ++n) {
-            lse[n] = n < rows && given[n] > -kInf<F> ? given[n] * kLog2e<F> : kInf<F>;
+            lse[n] = n < rows && given[n] != -kInf<F> ? given[n] * kLog2e<F> : kInf<F>;  // NaN stays
             delta[n] = n < rows ? row_delta<F, E>(g, span.b, t + n, hq) : F(0);
         }
     }
@@ -278,7 +275,7 @@ void sink_gradient_heads(const slm::Gradient& g, void* dsinks, int64_t begin, in
             const Span& span = p.spans[s];
             for (int64_t t = span.q.begin; t < span.q.end; ++t) {
                 const F lse = static_cast<const F*>(p.lse)[(span.b * p.Hq + hq) * p.T + t];
-                if (lse > -kInf<F>) sum -= std::exp(sink - lse) * row_delta<F, E>(g, span.b, t, hq);
+                if (lse != -kInf<F>) sum -= std::exp(sink - lse) * row_delta<F, E>(g, span.b, t, hq);
             }
         }
         static_cast<F*>(dsinks)[hq] = F(sum);

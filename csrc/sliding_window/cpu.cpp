@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -135,6 +136,11 @@ Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
                         v.size(2) == k.size(2) && k.size(3) == q.size(3),
                     "q, k, v do not fit together");
     STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "k's heads must divide q's heads");
+    STD_TORCH_CHECK(q.size(3) > 0, "q must have a head dimension of at least 1");
+    STD_TORCH_CHECK(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0,
+                    "scale and softcap must be finite, softcap >= 0");
+    STD_TORCH_CHECK(left >= -1 && right >= -1, "left and right must be >= 0, or -1 for no bound");
+    STD_TORCH_CHECK(cu.has_value() || !cu_k.has_value(), "cu_seqlens_k needs cu_seqlens");
     Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), sinks, {}, {}};
     slm::Problem& p = in.problem;
     p.dtype = dtype_of(q);
@@ -153,7 +159,8 @@ Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
     p.spans = in.spans.data();
     p.num_spans = int64_t(in.spans.size());
     p.heads = {0, p.H};
-    p.band = {left, right};
+    constexpr int64_t kNoBound = int64_t(1) << 62;  // position + side must stay below 2^63
+    p.band = {left > kNoBound ? -1 : left, right > kNoBound ? -1 : right};
     p.scale = scale, p.softcap = softcap;
     return in;
 }
@@ -226,7 +233,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
         STD_TORCH_CHECK(dout.size(d) == expected[d] && o.size(d) == expected[d],
                         "dout and o must be [B, T, Hq, Dv]");
     }
-    STD_TORCH_CHECK(lse.scalar_type() == exact && lse.numel() == B * p.Hq * p.T, "lse must be [B, Hq, T]");
+    const auto check_statistics = [&](const Tensor& x, const char* name) {
+        STD_TORCH_CHECK(x.scalar_type() == exact && x.dim() == 3 && x.size(0) == B && x.size(1) == p.Hq &&
+                            x.size(2) == p.T,
+                        name, " must be [B, Hq, T], float32 (float64 for float64 inputs)");
+    };
+    check_statistics(lse, "lse");
+    if (dlse.has_value()) check_statistics(*dlse, "dlse");
     const Tensor douts = dense_rows(dout), outs = dense_rows(o), lses = torch::stable::contiguous(lse);
     Optional dlses;
     if (dlse.has_value()) dlses = torch::stable::contiguous(*dlse);
@@ -311,7 +324,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
                         s.W > 0,
                     "q, k, v and the rings do not fit together");
     STD_TORCH_CHECK(k_ring.is_contiguous() && v_ring.is_contiguous() && position.is_contiguous() &&
-                        position.scalar_type() == ScalarType::Long && position.numel() == s.B * s.H,
+                        position.scalar_type() == ScalarType::Long && position.dim() == 2 &&
+                        position.size(0) == s.B && position.size(1) == s.H,
                     "rings must be contiguous, position int64 [B, H]");
     const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
     Optional logits;
@@ -324,6 +338,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
     s.q = rows_of(queries), s.o = rows_of(o);
     s.k_ring = k_ring.data_ptr(), s.v_ring = v_ring.data_ptr();
     int64_t* positions = static_cast<int64_t*>(position.data_ptr());
+    for (int64_t n = 0; n < s.B * s.H; ++n)
+        STD_TORCH_CHECK(positions[n] >= 0, "position must be >= 0, got ", positions[n]);
     s.position = positions;
     s.sinks = logits.has_value() ? logits->data_ptr() : nullptr;
     s.scale = scale, s.softcap = softcap;

@@ -73,7 +73,7 @@ struct ForwardBlock {
         const int64_t i0 = t0 + span.offset();
         pack_transposed<P>(p.q.at<const E>(span.b, span.q.begin + t0, hq), p.q.t, rows, p.D, qt);
         const F sink = p.sinks ? static_cast<const F*>(p.sinks)[hq] * kLog2e<F> / c : -kInf<F>;
-        for (int i = 0; i < W; ++i) m[i] = sink, l[i] = sink > -kInf<F> ? F(1) : F(0);
+        for (int i = 0; i < W; ++i) m[i] = sink, l[i] = sink == -kInf<F> ? F(0) : F(1);
         for (int64_t i = 0; i < p.Dv * W; ++i) ot[i] = F(0);
 
         const Range keys = p.band.keys({i0, i0 + rows}, span.k.size());
@@ -193,8 +193,7 @@ struct ForwardBlock {
     }
 
     // A shift that lags behind the maximum by up to 2^8 is as good, and saves rescaling O^T for nearly every
-    // block after the first (the lazy
-    // rescaling of FlashAttention-4).
+    // block after the first (the lazy rescaling of FlashAttention-4).
     SLM_INLINE void rescale(int i, Vec<F> high) {
         const Vec<F> old = loadu<F>(m + i);
         const Mask<F> rose = (high - old) * c > F(8);  // true from -inf, false between two of them

@@ -83,7 +83,7 @@ void step_heads(const slm::Step& s, int64_t begin, int64_t end) {
             sum += y;
         }
         F total = reduce_add<F>(sum);
-        if (sink > -kInf<F>) total += std::exp2(sink - m);
+        if (sink != -kInf<F>) total += std::exp2(sink - m);
         weighted_sum<F>(x, v, n, s.Dv, o);
         for (int64_t e = 0; e < s.Dv; ++e) o[e] /= total;
         narrow_row<F>(o, s.o.at<E>(b, s.token, hq), s.Dv);

@@ -272,5 +272,6 @@ def sample(
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < least, float("-inf"))
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a small temperature must not make two infinities
     p = torch.softmax(logits / temperature, dim=-1)  # [B, V]
     return torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -1,7 +1,6 @@
 """Checkpoints: one file of plain tensors, numbers and strings, written whole or not at all."""
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ def write(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise TrainError(f"checkpoint {str(path)!r} cannot be written: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise TrainError(f"checkpoint {str(path)!r} cannot be written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,7 +45,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict:
         )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is no checkpoint fails in any way the unpickler knows
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrainError(f"checkpoint {str(path)!r} cannot be read: {reason}") from None
     if not isinstance(content, dict) or set(content) != KEYS:

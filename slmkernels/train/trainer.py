@@ -149,10 +149,14 @@ class Trainer:
             raise TrainError(
                 f"the text is not that of the checkpoint {str(path)!r}; expected the same --data, unchanged"
             )
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["rng"].cpu())
-        self.step, self.seconds = content["step"], content["seconds"]
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            torch.set_rng_state(content["rng"].cpu())
+            self.step, self.seconds = int(content["step"]), float(content["seconds"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainError(f"checkpoint {str(path)!r} does not fit: {reason}") from None
 
     def _autocast(self):
         low = self.settings.dtype == "bfloat16"

@@ -1,5 +1,6 @@
 """`sliding_window_attention`: the public function, its checks, its autograd, its choice of backend."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ...dispatch import Operation, register
 from ...validation import check_cu_seqlens, check_float_tensor, check_like, check_number, fail
 from . import reference, triton_kernels
 
+NO_BOUND = 2**62  # a side this long hides nothing, and position + side would pass 2**63
 Window = int | tuple[int | None, int | None] | None
 
 
@@ -41,7 +43,7 @@ def window_bounds(window: Window, causal: bool) -> tuple[int | None, int | None]
         if not causal:
             hint = "a pair (left, right) when causal=False; an int counts the keys behind a causal query"
             fail("window", window, hint)
-        return window - 1, 0
+        return (None if window > NO_BOUND else window - 1), 0
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         fail("window", window, expected, TypeError)
     for side in window:
@@ -49,8 +51,18 @@ def window_bounds(window: Window, causal: bool) -> tuple[int | None, int | None]
             fail("window", window, expected, TypeError)
         if side is not None and side < 0:
             fail("window", window, expected)
-    left, right = window
+    left, right = (None if side is None or side >= NO_BOUND else side for side in window)
     return left, (0 if causal else right)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Does autocast act on x's device?"""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor):
+    """A context in which PyTorch's operations compute in the dtypes they are given, as kernels do."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def check_sinks(sinks, q: Tensor) -> None:
@@ -68,9 +80,9 @@ def prepare(
     check_float_tensor("q", q, 4, "[B, T, Hq, D]")
     check_float_tensor("k", k, 4, "[B, S, Hkv, D]")
     check_float_tensor("v", v, 4, "[B, S, Hkv, Dv]")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if autocasts(q) and q.dtype != torch.float64:
         low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(low), k.to(low), v.to(low)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
     B, T, Hq, D = q.shape
@@ -151,6 +163,20 @@ class SlidingWindowAttention(Function):
         return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
 
+def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """Run a checked call on a backend that supports it -> o, lse."""
+    if backend == "reference":
+        options = {"left": call.left, "right": call.right, "scale": call.scale, "softcap": call.softcap}
+        with without_autocast(call.q):
+            return reference.sliding_window_attention(*call[:6], **options)
+    if call.sinks is not None:  # statistics are float32 at least
+        call = call._replace(sinks=call.sinks.to(torch.promote_types(call.q.dtype, torch.float32)))
+    bounds = _unbounded(call.left), _unbounded(call.right)
+    prefix = "triton_" if backend == "triton" else ""
+    arguments = (*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)
+    return apply_function(SlidingWindowAttention, *arguments)
+
+
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -199,18 +225,7 @@ def sliding_window_attention(
         q, k, v, window=window, causal=causal, scale=scale, softcap=softcap, sinks=sinks,
         cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    chosen = OPERATION.choose(call, backend)
-    if chosen == "reference":
-        o, lse = reference.sliding_window_attention(
-            *call[:6], left=call.left, right=call.right, scale=call.scale, softcap=call.softcap
-        )
-    else:
-        if sinks is not None:  # statistics are float32 at least
-            call = call._replace(sinks=sinks.to(torch.promote_types(call.q.dtype, torch.float32)))
-        bounds = _unbounded(call.left), _unbounded(call.right)
-        prefix = "triton_" if chosen == "triton" else ""
-        arguments = (*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)
-        o, lse = apply_function(SlidingWindowAttention, *arguments)
+    o, lse = attend(call, OPERATION.choose(call, backend))
     return (o, lse) if return_lse else o
 
 

@@ -9,7 +9,7 @@ from ... import native
 from ...dispatch import Operation, register
 from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
 from . import reference
-from .function import SUPPORTS, check_sinks, sliding_window_attention
+from .function import SUPPORTS, Call, attend, autocasts, check_sinks, without_autocast
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
@@ -20,7 +20,7 @@ class RingCache:
     Attributes:
         k, v: rings `[B, H, W, D]` and `[B, H, W, Dv]`.
         position: int64 `[B, H]`, tokens seen so far; a counter for each program of a decode kernel, so that
-            one launch may read and advance it without a race.
+            one launch may read and advance it without a race. All rows advance together.
 
     Raises:
         TypeError, ValueError: a size below 1 or a dtype that is not a float.
@@ -105,10 +105,10 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
     B, H, _, D = cache.k.shape
     n, Hq, Dv = q.shape[1], q.shape[2], cache.v.shape[3]
+    if autocasts(q):  # the cache says what is computed in
+        q, k, v = q.to(cache.k.dtype), k.to(cache.k.dtype), v.to(cache.k.dtype)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_like(name, x, "cache", cache.k)
-        if x.requires_grad and torch.is_grad_enabled():
-            fail(name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
     if q.shape[0] != B or q.shape[3] != D:
         fail("q", q, f"[{B}, n, Hq, {D}] to go with the cache")
     if Hq % H != 0:
@@ -119,6 +119,10 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
         fail("v", v, f"shape {[B, n, H, Dv]}")
     if sinks is not None:
         check_sinks(sinks, q)
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+            if x is not None and x.requires_grad:
+                fail(name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
     scale = D**-0.5 if scale is None else check_number("scale", scale)
     softcap = None if softcap is None else check_number("softcap", softcap, positive=True)
     return StepCall(q, k, v, cache, sinks, scale, softcap)
@@ -154,22 +158,24 @@ def sliding_window_attention_step(
     """
     call = prepare(q, k, v, cache, scale=scale, softcap=softcap, sinks=sinks)
     chosen = OPERATION.choose(call, backend)
+    q, k, v = call.q, call.k, call.v
     if q.shape[1] > FEW_TOKENS:
         past_k, past_v = cache.last(min(cache.length, cache.window - 1))
         keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        o = sliding_window_attention(
-            q, keys, values, window=cache.window, scale=scale, softcap=softcap, sinks=sinks, backend=chosen
-        )
+        full = Call(q, keys, values, sinks, None, None, cache.window - 1, 0, call.scale, call.softcap)
+        o, _ = attend(full, chosen)
         cache.append(k, v)
         return o
-    if chosen == "reference":
-        op = reference.sliding_window_attention_step
-        return op(q, k, v, cache.k, cache.v, cache.position, sinks, call.scale, call.softcap)
     if sinks is not None:  # statistics are float32 at least
         sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+    rings = cache.k, cache.v, cache.position
+    if chosen == "reference":
+        with without_autocast(q):
+            op = reference.sliding_window_attention_step
+            return op(q, k, v, *rings, sinks, call.scale, call.softcap)
     prefix = "triton_" if chosen == "triton" else ""
     op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_step").default
-    return op(q, k, v, cache.k, cache.v, cache.position, sinks, call.scale, call.softcap or 0.0)
+    return op(q, k, v, *rings, sinks, call.scale, call.softcap or 0.0)
 
 
 if native.HAS_CPU:

@@ -56,9 +56,7 @@ class Operation:
 
     def choose(self, call: Any, backend: str | None = None) -> str:
         """The backend that runs `call`; raises `Unsupported` if the named one cannot."""
-        named = _checked(backend, "backend")
-        if named is None and _forced is not None:
-            named = _checked(_forced, "SLMKERNELS_BACKEND")
+        named = _checked(backend, "backend") or _forced
         if named is not None:
             reason = self.supports[named](call) if named in self.supports else "it has no such kernel"
             if reason is not None:
@@ -104,7 +102,7 @@ def explain(op: Callable | str, *args, backend: str | None = None, **kwargs) -> 
         raise ValueError(f"op is {name!r}; expected one of {', '.join(sorted(OPERATIONS))}")
     operation = OPERATIONS[name]
     call = operation.prepare(*args, **kwargs)
-    named = _checked(backend, "backend") or _checked(_forced, "SLMKERNELS_BACKEND")
+    named = _checked(backend, "backend") or _forced
     lines, chosen = [], None
     for candidate, supports in operation.supports.items():
         reason = supports(call)

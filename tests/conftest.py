@@ -19,12 +19,6 @@ def pytest_configure(config):
     os.environ["SLMKERNELS_TEST_DEVICE"] = config.getoption("--device")
 
 
-@pytest.fixture(scope="session")
-def device(request) -> torch.device:
-    """Where the operations' tests run: --device cpu (default) or cuda."""
-    return torch.device(request.config.getoption("--device"))
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty gives NaN, also inside the operators, so that an element nobody wrote is seen."""
@@ -33,12 +27,3 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(previous, warn_only=warn_only)
-
-
-@pytest.fixture
-def one_thread():
-    """Run the test on one thread and restore the number afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -19,12 +19,12 @@ from slmkernels.ops.sliding_window.reference import visible
 EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def inputs(seed, B, T, S, Hq, H, D, Dv, *, sinks=False, device="cpu"):
+def inputs(seed, B, T, S, Hq, H, D, Dv, *, sinks=False):
     """Float64 tensors q, k, v, sinks or None, and gradients of o and lse."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     q, k, v = normal(B, T, Hq, D), normal(B, S, H, D), normal(B, S, H, Dv)
     return q, k, v, normal(Hq) if sinks else None, normal(B, T, Hq, Dv), normal(B, Hq, T)

@@ -105,9 +105,9 @@ def test_gradcheck(backend, options):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_native(case, dtype, device):
+def test_native(case, dtype):
     sizes, options = CASES[case]
-    check(inputs(2, *sizes, device=device), dtype, "native", **options)
+    check(inputs(2, *sizes), dtype, "native", **options)
 
 
 @needs_native

@@ -74,13 +74,6 @@ SLM_INLINE Vec<F> vmax(Vec<F> a, Vec<F> b) {
     return a > b ? a : b;
 }
 
-template <typename F>
-SLM_INLINE Vec<F> iota() {
-    Vec<F> x;
-    for (int l = 0; l < kLanes<F>; ++l) x[l] = F(l);
-    return x;
-}
-
 template <typename F, int S = kLanes<F> / 2>
 SLM_INLINE F reduce_add(Vec<F> x) {  // halves onto each other
     if constexpr (S == 0) {

@@ -9,8 +9,8 @@
 //     S^T  = K Q^T          dP^T = V dO^T            P^T = exp2(c S^T - lse), dS^T = P^T (dP^T - delta)
 //     dV  += P^T dO         dK  += dS^T Q            dQ^T += K^T dS^T      (added into dQ at block's end)
 //
-// delta = rowsum(dO O) - dlse is taken while a block is packed; recomputing it per phase costs D FLOPs a
-// row. Two-pass backward (dQ, then dK and dV) would need seven products instead of five.
+// delta = rowsum(dO O) - dlse is taken while a block is packed; a row in reach of two tasks pays
+// its 2 D FLOPs twice. Two-pass backward (dQ, then dK and dV) would need seven products instead of five.
 //
 // Measured as in forward.inl, useful GFLOP/s of one core: float32 71 to 82, bfloat16 123 to 144. Tried:
 //   - the chunk's rows and gradients in adjacent scratch rows, queries prefetched: 89 -> 76 ms (float32);

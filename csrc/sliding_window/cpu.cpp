@@ -188,8 +188,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 int64_t reach(int64_t side, int64_t longest) { return side < 0 ? longest : std::min(side, longest); }
 
 // Positions per chunk of the backward. A block of queries is packed once for each chunk of keys it sees, so
-// chunks of four times the window's reach are best; down to its reach if that makes too few tasks, and no
-// longer than kLongest, where the window has no bound. Depends on nothing but the shape: so do the bits.
+// long chunks are best: four times the window's reach, but no longer than the greater of kLongest and the
+// reach itself, and halved (to the lesser of the two at least) while that makes too few tasks. A thread keeps
+// 2 (D + Dv) numbers a position of its chunk. Depends on nothing but the shape: so do the bits.
 int64_t chunk_length(const slm::Problem& p, int64_t B, int64_t longest) {
     constexpr int64_t kShortest = 128, kLongest = 512, kTasks = 32;
     const int64_t side = std::max(reach(p.band.left, longest), reach(p.band.right, longest));

@@ -10,12 +10,12 @@
 //
 // Measured on one core of an AMD Zen 4 (float32 peak 97 to 115 GFLOP/s as its clock goes, bfloat16 twice
 // that; H = 8, T = 4096, D = 64, W = 256), useful GFLOP/s: float32 75 to 80, bfloat16 120 to 139. The tile
-// kernel itself runs at the peak; it is 3/4 of the float32 time, 2/3 of the bfloat16 time. What was tried:
+// kernel itself runs at the peak; it is 3/4 of the float32 time, 2/3 of the bfloat16 time. Tried:
 //   - prefetching the next block's rows: 74 -> 80 (float32);
 //   - rescaling O^T only where m rose by more than 2^8: 8 % of the bfloat16 softmax and packing;
 //   - keys and values copied into adjacent rows first: at most 4 %, which the copy costs; not taken;
-//   - whole blocks with masks instead of runs: computes 25 % more at W = 256, runs 6 %; not taken;
 //   - streaming stores of O: no change.
+// Not tried: whole blocks with masks instead of runs; counted, they compute 25 % more at W = 256, runs 6 %.
 
 constexpr int64_t kKeys = 64;  // keys per softmax block
 
@@ -31,10 +31,10 @@ struct ForwardBlock {
     B* pt;          // P^T as B operand; st itself for Fma
     F* ot;          // [Dv][W]
     F *m, *l;       // running maximum of S^T and denominator, [W]
-    const bool rewrite;  // the softmax's first pass turns scores into log2 units
-    const F c;           // what turns a score into log2 units in the second
     F *kf, *vf;     // widened keys and values
     B* vp;          // V in pairs of keys (Dot)
+    const bool rewrite;  // the softmax's first pass turns scores into log2 units
+    const F c;           // what turns a score into log2 units in the second
 
     static size_t bytes(const Problem& p) {
         const int64_t d = round_up(p.D, L), dv = round_up(p.Dv, L);

@@ -14,7 +14,9 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # One thread a worker: two workers with two threads each would wait for one another. The tests that compare
 # numbers of threads set their own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
-SANITIZED_TESTS ?= $(filter-out %_triton.py,$(wildcard tests/native tests/test_sliding_window*.py))
+INTERPRETED_TESTS := $(wildcard tests/test_*_triton.py)
+SANITIZED_TESTS ?= tests/native $(filter-out %_triton.py %_aot.py,$(wildcard \
+	$(patsubst csrc/%/cpu.cpp,tests/test_%*.py,$(wildcard csrc/*/cpu.cpp))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format sanitize aot cuda bench install clean distclean
@@ -39,15 +41,15 @@ demo: $(INSTALLED) ## train a small model for about a minute and compare with pl
 
 test: $(INSTALLED) ## every test but the slow ones; the Triton kernels in the interpreter
 	@status=0; \
-	$(PYTEST) -m "not slow" --ignore=tests/test_sliding_window_triton.py tests || status=1; \
+	$(PYTEST) -m "not slow" $(INTERPRETED_TESTS:%=--ignore=%) tests || status=1; \
 	$(PYTEST) benchmarks/test_benchmarks.py -k "small_model or decode" || status=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/test_sliding_window_triton.py || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(INTERPRETED_TESTS) || status=1; \
 	exit $$status
 
 test-slow: $(INSTALLED) ## the exhaustive sweep
 	@status=0; \
-	$(PYTEST) --ignore=tests/test_sliding_window_triton.py tests || status=1; \
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_sliding_window_triton.py || status=1; \
+	$(PYTEST) $(INTERPRETED_TESTS:%=--ignore=%) tests || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED_TESTS) || status=1; \
 	exit $$status
 
 lint: $(DEPS) ## formatting and lint, Python and C++
@@ -74,7 +76,7 @@ sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour 
 		$(abspath $(PY)) -m pytest -q -m "not slow" $(SANITIZE_ARGS) $(SANITIZED_TESTS)
 
 aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, without a GPU
-	$(PYTEST) tests/test_triton_aot.py
+	$(PYTEST) $(wildcard tests/test_*aot.py)
 
 cuda: $(DEPS) ## compile every .cu file for sm_80 and sm_90a; needs nvcc, no GPU
 	@sources="$$(find csrc -name '*.cu')"; \

@@ -57,5 +57,12 @@ def reason_against(device: torch.device) -> str | None:
     return f"device {device} has no native kernels (cpu and cuda have)"
 
 
+def reason_against_call(call) -> str | None:
+    """None where native kernels can run `call` (any object with its q), else why not."""
+    if call.q.device.type == "cuda":
+        return reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
+    return reason_against(call.q.device)
+
+
 if host is not None and host.isa_complaint():
     raise ValueError(f"SLMKERNELS_CPU_ISA is {os.environ['SLMKERNELS_CPU_ISA']!r}: {host.isa_complaint()}")

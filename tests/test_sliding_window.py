@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sliding_window_cases import check, inputs, run
 
 import slmkernels
-from slmkernels import explain, native, sliding_window_attention, use_backend
+from slmkernels import explain, native, sliding_window_attention, triton_support, use_backend
 from slmkernels.ops.sliding_window import function, reference
 
 needs_native = pytest.mark.skipif(not native.HAS_CPU, reason=str(native.REASONS.get("_C_cpu")))
@@ -528,7 +528,7 @@ def test_backends(monkeypatch):
         assert explain(sliding_window_attention, q, k, v, window=4).startswith(
             "sliding_window_attention: reference"
         )
-    if not native.HAS_CUDA and not function.triton_kernels.INTERPRETED:
+    if not native.HAS_CUDA and not triton_support.INTERPRETED:
         with pytest.raises(slmkernels.Unsupported, match="backend 'triton' cannot run"):
             sliding_window_attention(q, k, v, window=4, backend="triton")
         with use_backend("triton"), pytest.raises(slmkernels.Unsupported):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slmkernels import triton_support
 from slmkernels.dispatch import Unsupported
 from slmkernels.ops.sliding_window import reference, triton_kernels
 from slmkernels.ops.sliding_window.function import sliding_window_attention
@@ -18,9 +19,9 @@ from slmkernels.ops.sliding_window.function import sliding_window_attention
 DEVICE = os.environ.get("SLMKERNELS_TEST_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
 
-if triton_kernels.ABSENT:
-    pytest.skip(triton_kernels.ABSENT, allow_module_level=True)
-if not ON_GPU and not triton_kernels.INTERPRETED:
+if triton_support.ABSENT:
+    pytest.skip(triton_support.ABSENT, allow_module_level=True)
+if not ON_GPU and not triton_support.INTERPRETED:
     pytest.skip("no GPU, and TRITON_INTERPRET=1 was not set before Triton's import", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # the interpreter's bfloat16 is garbage
@@ -42,7 +43,7 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch, request):
     """In the interpreter short sequences must cross many tiles, both oblong shapes; a GPU has its table."""
-    if triton_kernels.INTERPRETED:
+    if triton_support.INTERPRETED:
         blocks = getattr(request, "param", (16, 32))
         tile = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 1}
         monkeypatch.setattr(triton_kernels, "config", lambda *choice: tile)
@@ -446,7 +447,7 @@ def test_reasons():
     def reason(dtype=torch.float32, D=16, Dv=16, device=DEVICE):
         call = SimpleNamespace(q=torch.empty(1, 1, 1, D, dtype=dtype, device=device))
         call.v = torch.empty(1, 1, 1, Dv, dtype=dtype, device=device)
-        return triton_kernels.reason_against(call)
+        return triton_support.reason_against(call)
 
     assert reason() is None
     assert reason(D=256, Dv=3) is None
@@ -454,7 +455,7 @@ def test_reasons():
     assert "257" in reason(D=257)
     assert "300" in reason(Dv=300)
     assert "meta" in reason(device="meta")
-    if triton_kernels.INTERPRETED:
+    if triton_support.INTERPRETED:
         assert "bfloat16" in reason(dtype=torch.bfloat16)
 
 

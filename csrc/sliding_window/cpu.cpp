@@ -4,10 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,14 +12,21 @@
 #include <vector>
 
 #include "../common/isa.h"
+#include "../common/tensors.h"
 #include "sliding_window.h"
 
 namespace {
 
+using slm::dense_rows;
 using slm::Dtype;
+using slm::dtype_of;
+using slm::fresh;
+using slm::offsets;
 using slm::Range;
 using slm::Rows;
+using slm::rows_of;
 using slm::Span;
+using slm::statistics_type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
@@ -36,64 +39,6 @@ const slm::SlidingWindowKernels& kernels() {
     if (slm::get_isa() == slm::Isa::avx2) return slm::sliding_window_avx2;
 #endif
     return slm::sliding_window_portable;
-}
-
-Dtype dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float:
-            return Dtype::f32;
-        case ScalarType::Double:
-            return Dtype::f64;
-        case ScalarType::BFloat16:
-            return Dtype::bf16;
-        case ScalarType::Half:
-            return Dtype::f16;
-        default:
-            STD_TORCH_CHECK(false, "q must be float32, float64, bfloat16 or float16");
-    }
-}
-
-ScalarType statistics_type(Dtype dtype) {
-    return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-}
-
-// Kernels want unit stride along the last dimension; anything else is copied.
-Tensor dense_rows(const Tensor& x) {
-    return x.dim() > 0 && x.numel() > 0 && x.stride(x.dim() - 1) != 1 ? torch::stable::contiguous(x) : x;
-}
-
-Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// A new tensor, of zeros if asked. Large ones take huge pages where the system grants them on request: their
-// first touch would otherwise cost a page fault for every 4 KiB, on every call.
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype, bool zeros) {
-    const Tensor x = torch::stable::new_empty(like, shape, dtype);
-    const int64_t bytes = x.numel() * int64_t(x.element_size());
-    char* data = static_cast<char*>(x.data_ptr());
-#if defined(__linux__)
-    constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
-    if (bytes >= int64_t(2 * kHuge) && last > first)
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint; may fail
-#endif
-    if (zeros)
-        torch::stable::parallel_for(0, bytes, int64_t(1) << 20, [&](int64_t begin, int64_t end) {
-            std::memset(data + begin, 0, size_t(end - begin));
-        });
-    return x;
-}
-
-std::vector<int64_t> offsets(const Tensor& x, int64_t total, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == ScalarType::Int, name,
-                    " must be an int32 tensor [N+1]");
-    const Tensor dense = torch::stable::contiguous(x);
-    const int32_t* p = static_cast<const int32_t*>(dense.data_ptr());
-    std::vector<int64_t> result(p, p + dense.numel());
-    STD_TORCH_CHECK(!result.empty() && result.front() == 0 && result.back() == total &&
-                        std::is_sorted(result.begin(), result.end()),
-                    name, " must start at 0, never fall and end at ", total);
-    return result;
 }
 
 std::vector<Span> spans_of(int64_t B, int64_t T, int64_t S, const Optional& cu, const Optional& cu_k) {

@@ -12,6 +12,7 @@
 // Storage type E, arithmetic type F (float, or double for double), and a policy P for the matrix
 // products: Fma<F>, or Dot for bfloat16 where the CPU has dot products of pairs.
 
+#include "../common/scratch.h"
 #include "../common/tile.h"
 #include "sliding_window.h"
 
@@ -29,38 +30,6 @@ constexpr int kBlock = kTileVectors * kLanes<F>;
 
 template <typename P>
 constexpr int kPair = std::is_same_v<typename P::B, uint32_t> ? 2 : 1;  // values of k in one step of P
-
-template <typename F>
-constexpr F kLog2e = F(1.442695040888963407359924681001892137);
-template <typename F>
-constexpr F kLn2 = F(0.693147180559945309417232121458176568);
-template <typename F>
-constexpr F kInf = F(__builtin_inf());
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Aligned scratch memory of one thread, cut into pieces.
-class Arena {
-  public:
-    explicit Arena(size_t bytes)
-        : data_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(bytes + 64, 64))))) {
-        if (data_ == nullptr) throw std::bad_alloc();
-    }
-    ~Arena() { std::free(data_); }
-    Arena(const Arena&) = delete;
-    Arena& operator=(const Arena&) = delete;
-
-    template <typename X>
-    X* take(int64_t count) {
-        X* piece = reinterpret_cast<X*>(data_ + used_);
-        used_ += size_t(round_up(count * int64_t(sizeof(X)), 64));
-        return piece;
-    }
-
-  private:
-    char* data_;
-    size_t used_ = 0;
-};
 
 // Which span a task belongs to: first[s] <= task < first[s + 1].
 inline int64_t find_span(const Problem& p, int64_t task) {
@@ -200,26 +169,6 @@ SLM_INLINE Vec<uint32_t> pair_lanes(Vec<float> even, Vec<float> odd) {
     return (Vec<uint32_t>)_mm512_permutexvar_epi16((__m512i)order, both);
 }
 #endif
-
-// Calls body<F, E, P>(...) for a problem's types.
-#if SLM_BYTES == 64
-#define SLM_DISPATCH_DOT(body, ...) return body<float, BFloat16, Dot>(__VA_ARGS__)
-#else
-#define SLM_DISPATCH_DOT(body, ...) (void)0
-#endif
-
-#define SLM_DISPATCH(body, dtype, dot, ...)                        \
-    switch (dtype) {                                               \
-        case slm::Dtype::f32:                                      \
-            return body<float, float, Fma<float>>(__VA_ARGS__);    \
-        case slm::Dtype::f64:                                      \
-            return body<double, double, Fma<double>>(__VA_ARGS__); \
-        case slm::Dtype::f16:                                      \
-            return body<float, Half, Fma<float>>(__VA_ARGS__);     \
-        case slm::Dtype::bf16:                                     \
-            if (dot) SLM_DISPATCH_DOT(body, __VA_ARGS__);          \
-            return body<float, BFloat16, Fma<float>>(__VA_ARGS__); \
-    }
 
 #include "forward.inl"
 //

@@ -4,27 +4,15 @@
 #include <cstdint>
 
 #include "../common/band.h"
+#include "../common/rows.h"
 
 namespace slm {
-
-enum class Dtype : int { f32, f64, bf16, f16 };
 
 // One sequence: rows of batch entry b.
 struct Span {
     int64_t b;
     Range q, k;  // rows t and s
     int64_t offset() const { return k.size() - q.size(); }  // query row t stands at t + offset
-};
-
-// A tensor [B, T, H, D] with unit stride along D. Strides in elements.
-struct Rows {
-    void* data;
-    int64_t b, t, h;
-
-    template <typename E>
-    E* at(int64_t ib, int64_t it, int64_t ih) const {
-        return static_cast<E*>(data) + ib * b + it * t + ih * h;
-    }
 };
 
 struct Problem {

@@ -1,17 +1,17 @@
 """`sliding_window_attention`: the public function, its checks, its autograd, its choice of backend."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import native
+from ... import native, triton_support
+from ...autocast import autocasts, without_autocast
 from ...autograd import Function, apply_function
 from ...dispatch import Operation, register
 from ...validation import check_cu_seqlens, check_float_tensor, check_like, check_number, fail
-from . import reference, triton_kernels
+from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
 
 NO_BOUND = 2**62  # a side this long hides nothing, and position + side would pass 2**63
 Window = int | tuple[int | None, int | None] | None
@@ -53,16 +53,6 @@ def window_bounds(window: Window, causal: bool) -> tuple[int | None, int | None]
             fail("window", window, expected)
     left, right = (None if side is None or side >= NO_BOUND else side for side in window)
     return left, (0 if causal else right)
-
-
-def autocasts(x: Tensor) -> bool:
-    """Does autocast act on x's device?"""
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
-
-
-def without_autocast(x: Tensor):
-    """A context in which PyTorch's operations compute in the dtypes they are given, as kernels do."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def check_sinks(sinks, q: Tensor) -> None:
@@ -116,19 +106,10 @@ def prepare(
     return Call(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
 
 
-def native_reason(call) -> str | None:
-    """None where native kernels can run `call` (of this operation or of its decode step), else why not."""
-    if call.q.device.type == "cuda":
-        return (
-            native.reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
-        )
-    return native.reason_against(call.q.device)
-
-
 # Best first; the same for the operation and its decode step.
 SUPPORTS = {
-    "native": native_reason,
-    "triton": triton_kernels.reason_against,
+    "native": native.reason_against_call,
+    "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
 OPERATION = register(Operation("sliding_window_attention", dict(SUPPORTS), prepare))

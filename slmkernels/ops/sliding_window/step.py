@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...autocast import autocasts, without_autocast
 from ...dispatch import Operation, register
 from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
 from . import reference
-from .function import SUPPORTS, Call, attend, autocasts, check_sinks, without_autocast
+from .function import SUPPORTS, Call, attend, check_sinks
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 

@@ -24,7 +24,8 @@ away.
 import triton
 import triton.language as tl
 
-from .triton_forward import crosses_edge, load_rows, locate, overlap, store_rows, tanh, visible
+from ...triton_tiles import load_rows, store_rows
+from .triton_forward import crosses_edge, locate, overlap, tanh, visible
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -29,6 +29,8 @@ do nothing.
 import triton
 import triton.language as tl
 
+from ...triton_tiles import load_rows, store_rows
+
 # ---- what both directions share ----------------------------------------------------------------------------
 
 
@@ -72,28 +74,6 @@ def crosses_edge(i0, j0, left, right, S, ROWS: tl.constexpr, COLS: tl.constexpr)
 def visible(i, j, left, right, S):
     """The band itself, for positions that broadcast."""
     return (j >= i - left) & (j <= i + right) & (j < S)
-
-
-@triton.jit
-def load_rows(base, first, limit, stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows first..first+ROWS-1 of a matrix [limit, D] as a tile [ROWS, D_PAD]; zero outside."""
-    r, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    inside = (first + r < limit)[:, None]
-    if D != D_PAD:
-        inside = inside & (d < D)[None, :]
-    base += tl.cast(first, tl.int64) * stride
-    return tl.load(base + r[:, None] * stride + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_rows(base, tile, first, limit, stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The inverse of `load_rows`; rounds to the matrix's dtype."""
-    r, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    inside = (first + r < limit)[:, None]
-    if D != D_PAD:
-        inside = inside & (d < D)[None, :]
-    base += tl.cast(first, tl.int64) * stride
-    tl.store(base + r[:, None] * stride + d[None, :], tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -14,54 +14,21 @@ length: one compiled kernel serves all.
 """
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
-try:
+from ...triton_support import ABSENT, AUTOTUNE, INTERPRETED, architecture, padded, readable
+
+if ABSENT is None:
     import triton
 
-    if not hasattr(triton, "knobs"):
-        raise ImportError(f"version {triton.__version__}; 3.4 or newer is needed")
     from . import triton_backward, triton_forward
 
-    ABSENT: str | None = None
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError as error:  # no Triton for this platform, or one that does not load
-    ABSENT = f"triton cannot be used: {error}"
-    INTERPRETED = False
-
-AUTOTUNE = os.environ.get("SLMKERNELS_AUTOTUNE") == "1"
 LOG2_E = 1.4426950408889634
-MAX_HEAD_DIM = 256
-
-
-def reason_against(call) -> str | None:
-    """None where these kernels can run `call` (any object with its q and v), else why not."""
-    q, v = call.q, call.v
-    if ABSENT is not None:
-        return ABSENT
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
-        return (
-            f"device {q.device.type} is not cuda (TRITON_INTERPRET=1 runs the kernels on the cpu, for tests)"
-        )
-    if q.dtype == torch.float64:
-        return "q has dtype float64; float32, float16 and bfloat16 are supported"
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        return "Triton's interpreter computes garbage in bfloat16; float32 and float16 are supported there"
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] > MAX_HEAD_DIM:
-            return f"{name} has head dimension {x.shape[-1]}; up to {MAX_HEAD_DIM} is supported"
-    return None
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------
-
-
-def padded(d: int) -> int:
-    """The head size inside a tile: a power of two, at least tl.dot's 16."""
-    return max(16, 1 << (d - 1).bit_length())
 
 
 def bucket(window: int) -> int:
@@ -73,22 +40,13 @@ def _named(tile: tuple[int, int, int, int]) -> dict[str, int]:
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number, 80, 90, ...; 80 where there is no GPU."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def candidates(
     kind: str, window: int, D: int, DV: int, dtype: torch.dtype, arch: int
 ) -> list[tuple[int, int, int, int]]:
     """Tiles (BLOCK_M, BLOCK_N, num_warps, num_stages) for kernel "forward", "dq" or "dkv", the default first.
 
     The defaults compile without spilled registers, and within 99 KiB of shared memory where `arch` may have
-    no more (8.x, 12.x): tests/test_triton_aot.py holds them to it. On 9.x and 10.x the tensor cores read
+    no more (8.x, 12.x): tests/test_sliding_window_aot.py holds them to it. On 9.x and 10.x the tensor cores read
     their operands from shared memory, which leaves registers for larger tiles.
     """
     size, long = max(64, padded(D), padded(DV)), bucket(window) > 512
@@ -171,13 +129,6 @@ def _launch(kernel, kind: str, tiles, heads: int, window: int, q: Tensor, args: 
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x with a last stride of 1 and row strides small enough for int32 offsets inside a tile; else a copy."""
-    if (x.shape[-1] > 1 and x.stride(-1) != 1) or x.stride(1) >= 2**23:
-        return x.contiguous()
-    return x
-
-
 def _bounds(T: int, S: int, left: int, right: int) -> tuple[int, int]:
     """Unbounded sides as bounds that hide nothing; all cut to the lengths, lest int32 sums overflow."""
     return (S if left < 0 else min(left, S)), (T if right < 0 else min(right, T))
@@ -233,7 +184,7 @@ def forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softca
     left, right = _bounds(T, S, left, right)
     cu_q, cu_k, N = _sequences(cu_seqlens, cu_seqlens_k)
     q, scale = _positive(q, scale, softcap)
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     sinks = None if sinks is None else sinks.contiguous()
     args = [q, k, v, sinks, o, lse, cu_q, cu_k, T, S, N, left, right, *_units(scale, softcap)]
     args += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
@@ -253,7 +204,7 @@ def backward(
         return dq, dk.zero_(), dv.zero_(), lse.new_zeros(0 if sinks is None else Hq)
     left, right = _bounds(T, S, left, right)
     cu_q, cu_k, N = _sequences(cu_seqlens, cu_seqlens_k)
-    do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
+    do, q, k, v = readable(do), readable(q), readable(k), readable(v)
     sizes = _sizes(q, v, softcap)
     DV, DV_PAD = sizes["DV"], sizes["DV_PAD"]
 
@@ -291,7 +242,7 @@ def step(q, k, v, k_ring, v_ring, position, sinks, scale, softcap) -> Tensor:
         if ring.shape[3] > 1 and ring.stride(3) != 1:
             raise ValueError(f"{name} has strides {ring.stride()}; expected 1 in the last dimension")
     q, scale = _positive(q, scale, softcap)
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     sinks = None if sinks is None else sinks.contiguous()
     sizes = _sizes(q, v, softcap)
     args = [q, k, v, sinks, o, k_ring, v_ring, position, n, W, *_units(scale, softcap)]

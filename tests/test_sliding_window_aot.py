@@ -12,10 +12,13 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from slmkernels import triton_support  # noqa: E402
 from slmkernels.ops.sliding_window import triton_kernels as tk  # noqa: E402
 
-if tk.ABSENT or tk.INTERPRETED:
-    pytest.skip(tk.ABSENT or "TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+if triton_support.ABSENT or triton_support.INTERPRETED:
+    pytest.skip(
+        triton_support.ABSENT or "TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True
+    )
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
@@ -59,7 +62,7 @@ def compile_kernel(
 ):  # fmt: skip
     """Compile one kernel as its launcher would -> dict(shared, registers, spills, ptx)."""
     kernel, DV = KERNELS[kind], DV or D
-    D_PAD, DV_PAD = tk.padded(D), tk.padded(DV)
+    D_PAD, DV_PAD = triton_support.padded(D), triton_support.padded(DV)
     constants = {
         "H": H,
         "G": G,

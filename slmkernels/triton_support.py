@@ -1,0 +1,66 @@
+"""Triton as this installation has it, and what the launchers of every operation share.
+
+Kernels are imported only where Triton is, so that this module always imports and `reason_against` can say
+what is missing.
+"""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+
+    if not hasattr(triton, "knobs"):
+        raise ImportError(f"version {triton.__version__}; 3.4 or newer is needed")
+
+    ABSENT: str | None = None
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError as error:  # no Triton for this platform, or one that does not load
+    ABSENT = f"triton cannot be used: {error}"
+    INTERPRETED = False
+
+AUTOTUNE = os.environ.get("SLMKERNELS_AUTOTUNE") == "1"
+MAX_HEAD_DIM = 256
+
+
+def reason_against(call) -> str | None:
+    """None where these kernels can run `call` (any object with its q and v), else why not."""
+    q, v = call.q, call.v
+    if ABSENT is not None:
+        return ABSENT
+    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
+        return (
+            f"device {q.device.type} is not cuda (TRITON_INTERPRET=1 runs the kernels on the cpu, for tests)"
+        )
+    if q.dtype == torch.float64:
+        return "q has dtype float64; float32, float16 and bfloat16 are supported"
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        return "Triton's interpreter computes garbage in bfloat16; float32 and float16 are supported there"
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > MAX_HEAD_DIM:
+            return f"{name} has head dimension {x.shape[-1]}; up to {MAX_HEAD_DIM} is supported"
+    return None
+
+
+def padded(d: int) -> int:
+    """The head size inside a tile: a power of two, at least tl.dot's 16."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number, 80, 90, ...; 80 where there is no GPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def readable(x: Tensor) -> Tensor:
+    """x with a last stride of 1 and row strides small enough for int32 offsets inside a tile; else a copy."""
+    if (x.shape[-1] > 1 and x.stride(-1) != 1) or x.stride(1) >= 2**23:
+        return x.contiguous()
+    return x

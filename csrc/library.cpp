@@ -12,4 +12,17 @@ STABLE_TORCH_LIBRARY(slmkernels, m) {
     m.def(
         "sliding_window_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_ring, Tensor(b!) v_ring, "
         "Tensor(c!) position, Tensor? sinks, float scale, float softcap) -> Tensor");
+    m.def(
+        "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, "
+        "Tensor? initial_state, Tensor? initial_normalizer, Tensor? cu_seqlens, float scale, bool normalize, "
+        "bool l2norm_qk, int segment) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "linear_attention_backward(Tensor dout, Tensor? dstate, Tensor? dnormalizer, Tensor q, Tensor k, "
+        "Tensor v, Tensor? decay, Tensor? beta, Tensor? initial_state, Tensor? initial_normalizer, "
+        "Tensor? cu_seqlens, Tensor checkpoints, float scale, bool normalize, bool l2norm_qk, int segment) "
+        "-> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor(a!) state, "
+        "Tensor(b!)? normalizer, float scale, bool l2norm_qk) -> Tensor");
 }

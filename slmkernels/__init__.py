@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .dispatch import Unsupported, explain, use_backend
 from .facts import info
+from .ops.linear.function import linear_attention
+from .ops.linear.step import linear_attention_step
 from .ops.sliding_window.function import sliding_window_attention
 from .ops.sliding_window.step import RingCache, sliding_window_attention_step
 
@@ -17,6 +19,8 @@ __all__ = [
     "Unsupported",
     "explain",
     "info",
+    "linear_attention",
+    "linear_attention_step",
     "sliding_window_attention",
     "sliding_window_attention_step",
     "use_backend",

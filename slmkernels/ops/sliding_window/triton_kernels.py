@@ -46,8 +46,8 @@ def candidates(
     """Tiles (BLOCK_M, BLOCK_N, num_warps, num_stages) for kernel "forward", "dq" or "dkv", the default first.
 
     The defaults compile without spilled registers, and within 99 KiB of shared memory where `arch` may have
-    no more (8.x, 12.x): tests/test_sliding_window_aot.py holds them to it. On 9.x and 10.x the tensor cores read
-    their operands from shared memory, which leaves registers for larger tiles.
+    no more (8.x, 12.x): tests/test_sliding_window_aot.py holds them to it. On 9.x and 10.x the tensor cores
+    read their operands from shared memory, which leaves registers for larger tiles.
     """
     size, long = max(64, padded(D), padded(DV)), bucket(window) > 512
     mma = "sync" if arch < 90 or arch >= 120 else "async"

@@ -1,0 +1,1 @@
+"""Linear attention: one recurrence, from plain linear attention to Kimi Delta Attention."""

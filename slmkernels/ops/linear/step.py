@@ -1,0 +1,112 @@
+"""Decoding: tokens one at a time through a state that is updated in place, in constant memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...autocast import without_autocast
+from ...dispatch import Operation, register
+from ...validation import check_number, fail
+from . import reference
+from .function import SUPPORTS, Call, State, attend, check_flag, check_gates, check_state, check_tokens
+
+FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call
+
+
+class StepCall(NamedTuple):
+    """A checked decode step."""
+
+    q: Tensor  # [B, n, Hk, K]
+    k: Tensor  # [B, n, Hk, K]
+    v: Tensor  # [B, n, H, V]
+    decay: Tensor | None  # [H], [B, n, H] or [B, n, H, K]
+    beta: Tensor | None  # [B, n, H]
+    state: Tensor  # [B, H, K, V]
+    normalizer: Tensor | None  # [B, H, K]
+    scale: float
+    l2norm_qk: bool
+
+
+def prepare(
+    q, k, v, state, *, decay=None, beta=None, scale=None, normalize=False, l2norm_qk=False, backend=None
+) -> StepCall:
+    """Check the public arguments; the errors a user sees come from here."""
+    check_flag("normalize", normalize)
+    check_flag("l2norm_qk", l2norm_qk)
+    q, k, v, sizes = check_tokens(q, k, v)
+    decay, beta = check_gates(decay, beta, q, sizes)
+    if normalize and beta is not None:
+        fail("normalize", normalize, "False with beta: the delta rule has no normaliser")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    parts = check_state("state", state, normalize, sizes[0], q, sizes)
+    for part in parts:
+        if part is not None and (part.dtype != dtype or not part.is_contiguous()):
+            fail("state", part, f"contiguous, {dtype}: it is updated in place")
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta), ("state", parts[0])):
+            if x is not None and x.requires_grad:
+                fail(name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
+    scale = sizes[3] ** -0.5 if scale is None else check_number("scale", scale)
+    return StepCall(q, k, v, decay, beta, *parts, scale, l2norm_qk)
+
+
+OPERATION = register(Operation("linear_attention_step", dict(SUPPORTS), prepare))
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    l2norm_qk: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Advance by n >= 1 tokens, updating the state in place; equals the full call, for any split into steps.
+
+    Args:
+        q, k `[B, n, Hk, K]`, v `[B, n, H, V]`: the new tokens. decay `[H]`, `[B, n, H]` or `[B, n, H, K]`,
+            beta `[B, n, H]`.
+        state: `[B, H, K, V]`, float32 (float64 for float64 inputs), contiguous; updated in place. With
+            `normalize` a pair with z `[B, H, K]`. Zeros, or what `linear_attention(return_state=True)` gave.
+        scale, normalize, l2norm_qk, backend: as in `linear_attention`.
+
+    Returns:
+        o `[B, n, H, V]` in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. The state is left as it was.
+        Unsupported: the named backend cannot run this call.
+    """
+    call = prepare(
+        q, k, v, state, decay=decay, beta=beta, scale=scale, normalize=normalize, l2norm_qk=l2norm_qk
+    )
+    chosen = OPERATION.choose(call, backend)
+    if chosen == "reference" or call.q.shape[1] > FEW_TOKENS:
+        full = Call(*call[:7], None, call.scale, normalize, call.l2norm_qk)
+        if chosen == "reference":
+            options = {"scale": call.scale, "normalize": normalize, "l2norm_qk": call.l2norm_qk}
+            with without_autocast(call.q):
+                form = reference.recurrent if call.q.shape[1] <= FEW_TOKENS else reference.chunked
+                o, *after = reference.linear_attention(*call[:7], **options, form=form)
+        else:
+            o, *after = attend(full, chosen)
+        for x, y in zip(call[5:7], after, strict=True):
+            if x is not None:
+                x.copy_(y)
+        return o
+    prefix = "triton_" if chosen == "triton" else ""
+    return getattr(torch.ops.slmkernels, f"{prefix}linear_attention_step").default(*call)
+
+
+if native.HAS_CPU:
+
+    @torch.library.register_fake("slmkernels::linear_attention_step")
+    def _fake_step(q, k, v, decay, beta, state, normalizer, scale, l2norm_qk):
+        return v.new_empty(v.shape)

@@ -33,10 +33,28 @@ class Arena {
         return piece;
     }
 
+    // Pieces taken after a mark are free again after back_to.
+    using Mark = size_t;
+    Mark mark() const { return used_; }
+    void back_to(Mark mark) { used_ = mark; }
+
   private:
     char* data_;
     size_t used_ = 0;
 };
+
+// Calls body<F, E>(...) for a dtype: arithmetic and storage type.
+#define SLM_DISPATCH_STORAGE(body, dtype, ...)         \
+    switch (dtype) {                                   \
+        case slm::Dtype::f32:                          \
+            return body<float, float>(__VA_ARGS__);    \
+        case slm::Dtype::f64:                          \
+            return body<double, double>(__VA_ARGS__);  \
+        case slm::Dtype::f16:                          \
+            return body<float, Half>(__VA_ARGS__);     \
+        case slm::Dtype::bf16:                         \
+            return body<float, BFloat16>(__VA_ARGS__); \
+    }
 
 // Calls body<F, E, P>(...) for a problem's types.
 #if SLM_BYTES == 64

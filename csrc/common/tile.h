@@ -111,4 +111,63 @@ __attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, const typen
     if (N == 1) tile_rows<P, 1, Add>(M, K, a, a_row, a_step, b, b_step, c, c_row);
 }
 
+// Forward substitution with a unit triangle, one row of registers after another:
+//
+//     x[r] += sum_{s < r} A[r][s] * u[s]        u[r] = factor[r] * x[r]
+//
+// Rows of x and u are contiguous, `row` apart; negative strides run from the last row upwards. A block of rows
+// first takes in all rows before it, as the tile kernel does, and solves its own corner in registers.
+template <typename F, int M, int N>
+SLM_INLINE void solve_tile(int64_t r0, const F* a, int64_t a_row, int64_t a_step, const F* factor,
+                           int64_t factor_step, F* x, F* u, int64_t row) {
+    constexpr int L = kLanes<F>;
+    Vec<F> acc[M][N];
+#pragma GCC unroll 6
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[r][n] = loadu<F>(x + (r0 + r) * row + n * L);
+    for (int64_t s = 0; s < r0; ++s) {
+        Vec<F> column[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) column[n] = loadu<F>(u + s * row + n * L);
+#pragma GCC unroll 6
+        for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[r][n] += a[(r0 + r) * a_row + s * a_step] * column[n];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 6
+        for (int s = 0; s < r; ++s)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[r][n] += a[(r0 + r) * a_row + (r0 + s) * a_step] * acc[s][n];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            storeu<F>(x + (r0 + r) * row + n * L, acc[r][n]);
+            acc[r][n] *= factor[(r0 + r) * factor_step];
+            storeu<F>(u + (r0 + r) * row + n * L, acc[r][n]);
+        }
+    }
+}
+
+template <typename F, int N>
+SLM_INLINE void solve_rows(int64_t M, const F* a, int64_t a_row, int64_t a_step, const F* factor,
+                           int64_t factor_step, F* x, F* u, int64_t row) {
+    int64_t r = 0;
+    for (; r + kTileRows <= M; r += kTileRows)
+        solve_tile<F, kTileRows, N>(r, a, a_row, a_step, factor, factor_step, x, u, row);
+    for (; r + 2 <= M; r += 2) solve_tile<F, 2, N>(r, a, a_row, a_step, factor, factor_step, x, u, row);
+    if (r < M) solve_tile<F, 1, N>(r, a, a_row, a_step, factor, factor_step, x, u, row);
+}
+
+// M rows, N registers a row.
+template <typename F>
+__attribute__((noinline)) void solve(int64_t M, int64_t N, const F* a, int64_t a_row, int64_t a_step,
+                                     const F* factor, int64_t factor_step, F* x, F* u, int64_t row) {
+    constexpr int L = kLanes<F>;
+    for (; N >= kTileVectors; N -= kTileVectors, x += kTileVectors * L, u += kTileVectors * L)
+        solve_rows<F, kTileVectors>(M, a, a_row, a_step, factor, factor_step, x, u, row);
+    for (; N > 0; --N, x += L, u += L) solve_rows<F, 1>(M, a, a_row, a_step, factor, factor_step, x, u, row);
+}
+
 }  // namespace

@@ -155,8 +155,8 @@ struct BackwardBlock {
         const int64_t t = span.q.begin + i0 - span.offset();
         const E* q = p.q.at<const E>(span.b, t, hq);
         const E* dout = g.dout.at<const E>(span.b, t, hq);
-        pack_transposed<P>(q, p.q.t, rows, p.D, qt);
-        pack_transposed<P>(dout, g.dout.t, rows, p.Dv, dot);
+        pack_transposed<P>(q, p.q.t, rows, p.D, qt, W);
+        pack_transposed<P>(dout, g.dout.t, rows, p.Dv, dot, W);
         int64_t q_row = d, dout_row = dv;
         const B* q_rows = as_rows(q, p.q.t, rows, p.D, q_row, qn);
         const B* dout_rows = as_rows(dout, g.dout.t, rows, p.Dv, dout_row, don);

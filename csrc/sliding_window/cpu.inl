@@ -12,6 +12,7 @@
 // Storage type E, arithmetic type F (float, or double for double), and a policy P for the matrix
 // products: Fma<F>, or Dot for bfloat16 where the CPU has dot products of pairs.
 
+#include "../common/pack.h"
 #include "../common/scratch.h"
 #include "../common/tile.h"
 #include "sliding_window.h"
@@ -28,9 +29,6 @@ using slm::Span;
 template <typename F>
 constexpr int kBlock = kTileVectors * kLanes<F>;
 
-template <typename P>
-constexpr int kPair = std::is_same_v<typename P::B, uint32_t> ? 2 : 1;  // values of k in one step of P
-
 // Which span a task belongs to: first[s] <= task < first[s + 1].
 inline int64_t find_span(const Problem& p, int64_t task) {
     int64_t low = 0, high = p.num_spans;
@@ -39,40 +37,6 @@ inline int64_t find_span(const Problem& p, int64_t task) {
         (p.first[middle] <= task ? low : high) = middle;
     }
     return low;
-}
-
-// X^T of `rows` rows x [rows][D], as the B operand of P: out[D / kPair][kBlock]. Missing rows are zeros.
-template <typename P, typename E>
-SLM_INLINE void pack_transposed(const E* x, int64_t stride, int64_t rows, int64_t D, typename P::B* out) {
-    using F = typename P::Acc;
-    using B = typename P::B;
-    constexpr int L = kLanes<F>, W = kBlock<F>;
-    const int64_t n = D / kPair<P>;
-    for (int64_t v = 0; v * L < rows; ++v)
-        for (int64_t d = 0; d < n; d += L) {
-            Vec<B> square[L];
-            for (int l = 0; l < L; ++l) {
-                const E* row = x + (v * L + l) * stride + d * kPair<P>;
-                if (v * L + l >= rows) {
-                    square[l] = Vec<B>{};
-                } else if (d + L <= n) {
-                    if constexpr (kPair<P> == 2)
-                        square[l] = loadu<uint32_t>(reinterpret_cast<const uint32_t*>(row));
-                    else
-                        square[l] = load<F>(row);
-                } else {
-                    B tail[L] = {};
-                    if constexpr (kPair<P> == 2)
-                        __builtin_memcpy(tail, row, size_t(n - d) * sizeof(B));
-                    else
-                        widen_row<F>(row, tail, n - d);
-                    square[l] = loadu<B>(tail);
-                }
-            }
-            transpose<B>(square);
-            const int64_t valid = n - d < L ? n - d : L;
-            for (int64_t l = 0; l < valid; ++l) storeu<B>(out + (d + l) * W + v * L, square[l]);
-        }
 }
 
 // Rows [rows][D] as the B operand of P with the rows as k: out[rows / kPair][width]. Missing rows of

@@ -71,7 +71,7 @@ struct ForwardBlock {
     // Queries [t0, t0 + rows) of the span's sequence, query head hq.
     void run(const Span& span, int64_t t0, int64_t rows, int64_t h, int64_t hq) {
         const int64_t i0 = t0 + span.offset();
-        pack_transposed<P>(p.q.at<const E>(span.b, span.q.begin + t0, hq), p.q.t, rows, p.D, qt);
+        pack_transposed<P>(p.q.at<const E>(span.b, span.q.begin + t0, hq), p.q.t, rows, p.D, qt, W);
         const F sink = p.sinks ? static_cast<const F*>(p.sinks)[hq] * kLog2e<F> / c : -kInf<F>;
         for (int i = 0; i < W; ++i) m[i] = sink, l[i] = sink == -kInf<F> ? F(0) : F(1);
         for (int64_t i = 0; i < p.Dv * W; ++i) ot[i] = F(0);

@@ -1,0 +1,399 @@
+// Backward: the chunks of a task in reverse, with the gradient dS of the state in cache.
+//
+// With y = scale dO (normalised: dO / denominator) for q, dM = dL/dM and everything else as in cpu.inl:
+//
+//     dU = M^T y + (k e^{G_C - G}) dS                                       without beta dV = dU
+//     Y_j = dU_j - sum_{i>j} MK_ij beta_i Y_i,  dX = beta Y = dV,  dbeta_j = W_j . Y_j       with beta
+//     y of the readers k is -dX; then for the whole stack x = [q; k]
+//     dM = y U^T,   dx = dM k + e^G (y S^T),   dk = dM^T x + e^{G_C - G} (U dS^T)
+//     dS <- e^{G_C} dS + (x e^G)^T y
+//
+// No division by beta or by a gate anywhere. The state before each chunk is needed: the forward keeps one every
+// `segment` tokens, and a segment's chunks are run through again (without q), their states held in cache.
+// (Kept instead at every chunk: see the figures in cpu.cpp.) Denominators are computed again, in F: the saved
+// output is rounded to E.
+//
+// Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.
+// Inside the chunk that is done as it stands, without the diagonal, which no gate scales; what crosses the
+// chunk's edges is summed so that nothing cancels: reads from t on, writes before t, and <dS, e^{G_C} S>.
+
+template <typename F>
+struct Backward {
+    static constexpr int L = kLanes<F>;
+    const slm::LinearGradient& g;
+    const LinearProblem& p;
+    const int64_t C, K, Kp, width, held;  // chunks in a segment
+
+    F *dS, *states, *ws, *zs, *dz;
+    F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *st, *product, *dg, *den, *rows, *carry;
+
+    static int64_t bytes(const LinearProblem& p) {
+        const int64_t C = p.chunk, Kp = round_up(p.K, L), W = round_up(p.columns, L), held = p.segment / C;
+        const int64_t state = p.K * W, kept = (held + 1) * state + held * (C * W + Kp);
+        const int64_t chunk = C * (2 * W + 2 * C + 7 * Kp + W + 8) + W * C + W * Kp + (C + 4) * Kp;
+        return int64_t(sizeof(F)) * (state + kept + chunk) + 64 * 32;
+    }
+
+    Backward(const slm::LinearGradient& gradient, Arena& arena)
+        : g(gradient),
+          p(gradient.problem),
+          C(p.chunk),
+          K(p.K),
+          Kp(round_up(p.K, L)),
+          width(round_up(p.columns, L)),
+          held(p.segment / p.chunk) {
+        dS = arena.take<F>(K * width);
+        states = arena.take<F>((held + 1) * K * width);
+        ws = p.beta ? arena.take<F>(held * C * width) : nullptr;
+        zs = p.normalize ? arena.take<F>(held * Kp) : nullptr;
+        dz = arena.take<F>(Kp);
+        y = arena.take<F>(2 * C * width);
+        dM = arena.take<F>(2 * C * C);
+        dxr = arena.take<F>(2 * C * Kp);
+        dx = arena.take<F>(2 * C * Kp);
+        dk = arena.take<F>(C * Kp);
+        dkw = arena.take<F>(C * Kp);
+        du = arena.take<F>(C * width);
+        ut = arena.take<F>(width * C);
+        st = arena.take<F>(width * Kp);
+        product = arena.take<F>(C * Kp);
+        dg = arena.take<F>(p.decays == Decay::channel ? C * Kp : C);
+        den = arena.take<F>(C);
+        rows = arena.take<F>(4 * C);
+        carry = arena.take<F>(2 * Kp);
+    }
+
+    // States (and the delta rule's w) of the chunks of one segment, from the one before it.
+    template <typename E>
+    void replay(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t t0, int64_t t1) {
+        const int64_t Vp = chunk.Vp, size = K * Vp, head = own.sequence * p.H + own.h;
+        const F *from, *z;
+        if (t0 == 0) {
+            from = shifted<F>(p.state0, head * K * p.V), z = shifted<F>(p.z0, head * K);
+        } else {
+            from = static_cast<const F*>(p.kept) + p.place(s, t0, own.h), z = from + K * p.V;
+        }
+        load_state<F>(shifted<F>(from, own.column), K, p.V, own.columns, states);
+        if (zs) load_state<F>(z, 1, K, K, zs);
+        const Readers readers{1, chunk.delta ? 2 : 1};
+        for (int64_t t = t0, c = 0; t < t1; t += C, ++c) {
+            const bool last = t + C >= t1;
+            if (last && !chunk.delta) break;
+            F* state = states + c * size;
+            chunk.template read<E>(s, t, last ? t1 - t : C, own.h, own.column, false);
+            chunk.mix(readers);
+            if (chunk.delta) {
+                const int64_t m = chunk.m;
+                gemm<Fma<F>, false>(m, Vp / L, K, chunk.xr + m * Kp, Kp, 1, state, Vp, du, Vp);
+                chunk.solve_delta(du);
+                __builtin_memcpy(ws + c * C * Vp, chunk.w, size_t(m * Vp) * sizeof(F));
+            }
+            if (last) break;
+            __builtin_memcpy(state + size, state, size_t(size) * sizeof(F));
+            if (zs) __builtin_memcpy(zs + (c + 1) * Kp, zs + c * Kp, size_t(Kp) * sizeof(F));
+            chunk.write(state + size, zs ? zs + (c + 1) * Kp : nullptr);
+        }
+    }
+
+    template <typename E>
+    void gradient(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t t, int64_t n,
+                  int64_t c) {
+        const int64_t Vp = chunk.Vp;
+        const F* state = states + c * K * Vp;
+        const F* z = zs ? zs + c * Kp : nullptr;
+        chunk.template read<E>(s, t, n, own.h, own.column, true);
+        const Readers readers = chunk.all();
+        const int64_t m = chunk.m, both = readers.last * m, row = s.t.begin + t;
+        if (chunk.delta) {  // u again
+            chunk.w = ws + c * C * Vp;
+            for (int64_t i = 0; i < m; ++i)
+                for (int64_t e = 0; e < Vp; e += L)
+                    storeu<F>(chunk.u + i * Vp + e, loadu<F>(chunk.w + i * Vp + e) * chunk.beta[i]);
+        }
+        chunk.mix(readers);
+
+        chunk.template load<E>(g.dout, s.b, row, own.h, own.column, own.columns, y, Vp);
+        for (int64_t i = 0; i < m; ++i) {
+            if (z) den[i] = denominator(chunk, z, i);
+            const F factor = z ? F(1) / den[i] : F(p.scale);
+            for (int64_t e = 0; e < Vp; e += L) storeu<F>(y + i * Vp + e, loadu<F>(y + i * Vp + e) * factor);
+        }
+
+        // du, and through the triangle
+        gemm<Fma<F>, false>(m, Vp / L, K, chunk.writers(), Kp, 1, dS, Vp, du, Vp);
+        for (int64_t j = 0; j < m; j += kSub)
+            gemm<Fma<F>, true>(kSub, Vp / L, m - j, chunk.M + j * C + j, 1, C, y + j * Vp, Vp, du + j * Vp,
+                               Vp);
+        F* dv = du;
+        if (chunk.delta) {
+            F* const last = du + (m - 1) * Vp;
+            dv = y + m * Vp;
+            solve<F>(m, Vp / L, chunk.M + (2 * m - 1) * C + m - 1, -1, -C, chunk.beta + m - 1, -1, last,
+                     dv + (m - 1) * Vp, -Vp);
+            F* dbeta = static_cast<F*>(g.dbeta);
+            for (int64_t i = 0; i < n; ++i)
+                dbeta[((s.b * p.T + row + i) * p.H + own.h) * p.parts() + own.part] =
+                    dot(chunk.w + i * Vp, du + i * Vp, Vp);
+        }
+        for (int64_t i = 0; i < n; ++i)
+            narrow_row<F>(dv + i * Vp, g.dv.at<E>(s.b, row + i, own.h) + own.column, own.columns);
+        if (chunk.delta)
+            for (int64_t e = 0; e < m * Vp; e += L) storeu<F>(dv + e, -loadu<F>(dv + e));
+
+        // dM, and what readers and keys have from the state
+        pack_transposed<Fma<F>>(chunk.u, Vp, m, Vp, ut, C);
+        for (int half = 0; half < readers.last; ++half)
+            for (int64_t i = 0; i < m; i += kSub)
+                gemm<Fma<F>, false>(kSub, (i + kSub) / L, own.columns, y + (half * m + i) * Vp, Vp, 1, ut, C,
+                                    dM + (half * m + i) * C, C);
+        pack_transposed<Fma<F>>(state, Vp, K, own.columns, st, Kp);
+        gemm<Fma<F>, false>(both, Kp / L, own.columns, y, Vp, 1, st, Kp, dxr, Kp);
+        pack_transposed<Fma<F>>(dS, Vp, K, own.columns, st, Kp);
+        gemm<Fma<F>, false>(m, Kp / L, own.columns, chunk.u, Vp, 1, st, Kp, dkw, Kp);
+        if (z) normalizer_gradient(chunk, z);
+
+        // gates' shares inside the chunk, dM of the undecayed products
+        fill_zero(rows, 4 * C);
+        for (int half = 0; half < readers.last; ++half)
+            for (int64_t i = 0; i < m; ++i) finish(chunk, i, half);
+        if (chunk.channel) {
+            fill_zero(dx, both * Kp);
+            fill_zero(dk, m * Kp);
+            ChannelGradient<F> channel{dM, dx, dk, product};
+            mix_channels<true>(chunk, readers, &channel);
+        } else {
+            for (int half = 0; half < readers.last; ++half)
+                for (int64_t i = 0; i < m; i += kSub)
+                    gemm<Fma<F>, false>(kSub, Kp / L, i + kSub, dM + (half * m + i) * C, C, 1, chunk.k(), Kp,
+                                        dx + (half * m + i) * Kp, Kp);
+            for (int64_t j = 0; j < m; j += kSub) {
+                gemm<Fma<F>, false>(kSub, Kp / L, m - j, dM + j * C + j, 1, C, chunk.q() + j * Kp, Kp,
+                                    dk + j * Kp, Kp);
+                if (chunk.delta)
+                    gemm<Fma<F>, true>(kSub, Kp / L, m - j, dM + (m + j) * C + j, 1, C, chunk.k() + j * Kp,
+                                       Kp, dk + j * Kp, Kp);
+            }
+        }
+        if (chunk.gated) gate_gradient(chunk, s, own, row, state, z);
+        if (chunk.channel)
+            for (int64_t i = 0; i < m; ++i) {  // the diagonal
+                const Vec<F> share = splat<F>(dM[i * C + i]);
+                for (int64_t d = 0; d < Kp; d += L) {
+                    F *to_q = dx + i * Kp + d, *to_k = dk + i * Kp + d;
+                    storeu<F>(to_q, loadu<F>(to_q) + share * loadu<F>(chunk.k() + i * Kp + d));
+                    storeu<F>(to_k, loadu<F>(to_k) + share * loadu<F>(chunk.q() + i * Kp + d));
+                }
+            }
+        cross(chunk, both);
+
+        // dS and dz before this chunk
+        if (chunk.gated) scale_rows(dS, chunk.total, 1, K, Vp);
+        gemm<Fma<F>, true>(K, Vp / L, both, chunk.xr, 1, Kp, y, Vp, dS, Vp);
+        if (z) {
+            if (chunk.gated) multiply(dz, dz, chunk.total, Kp);
+            for (int64_t i = 0; i < m; ++i)
+                for (int64_t d = 0; d < Kp; d += L)
+                    storeu<F>(dz + d, loadu<F>(dz + d) + loadu<F>(chunk.xr + i * Kp + d) * den[i]);
+        }
+        store<E>(chunk, s, own, row);
+    }
+
+    // The denominators' gradient (into `den`) joins dM, dxr and dkw.
+    void normalizer_gradient(Chunk<F>& chunk, const F* z) {
+        for (int64_t i = 0; i < chunk.m; ++i) {
+            const int64_t end = (i / kSub + 1) * kSub;
+            F* row = dM + i * C;
+            Vec<F> sum{};
+            for (int64_t j = 0; j < end; j += L) sum += loadu<F>(row + j) * loadu<F>(chunk.M + i * C + j);
+            den[i] = -(reduce_add<F>(sum) + dot(chunk.xr + i * Kp, dxr + i * Kp, Kp)) / den[i];
+            for (int64_t j = 0; j < end; j += L) storeu<F>(row + j, loadu<F>(row + j) + den[i]);
+            for (int64_t d = 0; d < Kp; d += L) {
+                F *read = dxr + i * Kp + d, *write = dkw + i * Kp + d;
+                storeu<F>(read, loadu<F>(read) + loadu<F>(z + d) * den[i]);
+                storeu<F>(write, loadu<F>(write) + loadu<F>(dz + d));
+            }
+        }
+    }
+
+    // Row i of dM: masked and, with one gate a head, its share of the gates' gradient taken (rows[0..C) by
+    // readers, rows[C..2C) by keys) and decayed.
+    SLM_INLINE void finish(const Chunk<F>& chunk, int64_t i, int half) {
+        const int64_t end = (i / kSub + 1) * kSub;
+        F* row = dM + (half * chunk.m + i) * C;
+        const F* product_row = chunk.M + (half * chunk.m + i) * C;
+        Vec<F> read{};
+        for (int64_t j = chunk.scalar ? 0 : end - kSub; j < end; j += L) {
+            const Vec<F> lane = lane_numbers<F>(j);
+            Vec<F> x = loadu<F>(row + j);
+            if (chunk.scalar) {
+                Vec<F> share = select<F>(lane < F(i), x * loadu<F>(product_row + j), Vec<F>{});
+                share = half ? -share : share;
+                read += share;
+                storeu<F>(rows + C + j, loadu<F>(rows + C + j) + share);
+                x *= loadu<F>(chunk.between + i * C + j);
+            }
+            storeu<F>(row + j, select<F>(lane < F(half ? i : i + 1), x, Vec<F>{}));
+        }
+        if (chunk.scalar) rows[i] += reduce_add<F>(read);
+    }
+
+    void gate_gradient(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t row, const F* state,
+                       const F* z) {
+        const int64_t m = chunk.m, Vp = chunk.Vp, halves = chunk.all().last;
+        for (int64_t d = 0; d < K; ++d) carry[d] = dot(state + d * Vp, dS + d * Vp, Vp);
+        for (int64_t d = K; d < Kp; ++d) carry[d] = 0;
+        if (z) add_product(carry, dz, z, Kp);
+        multiply(carry, carry, chunk.total, Kp);
+        const int64_t parts = p.parts();
+        if (!chunk.channel) {
+            F sum = 0;
+            for (int64_t d = 0; d < Kp; ++d) sum += carry[d];
+            for (int64_t i = 0; i < m; ++i) {  // writes before i
+                dg[i] = sum;
+                sum += dot(chunk.kw + i * Kp, dkw + i * Kp, Kp);
+            }
+            sum = 0;
+            for (int64_t i = m - 1; i >= 0; --i) {
+                F read = rows[i] - rows[C + i];
+                for (int64_t half = 0; half < halves; ++half)
+                    read += dot(chunk.xr + (half * m + i) * Kp, dxr + (half * m + i) * Kp, Kp);
+                sum += read;
+                dg[i] += sum;
+            }
+            F* to = static_cast<F*>(g.ddecay);
+            if (p.decays == Decay::constant) {
+                F& total = to[(own.sequence * p.H + own.h) * parts + own.part];
+                for (int64_t i = 0; i < chunk.n; ++i) total += dg[i];
+            } else {
+                for (int64_t i = 0; i < chunk.n; ++i)
+                    to[((s.b * p.T + row + i) * p.H + own.h) * parts + own.part] = dg[i];
+            }
+            return;
+        }
+        for (int64_t d = 0; d < Kp; d += L) {
+            Vec<F> sum = loadu<F>(carry + d);
+            for (int64_t i = 0; i < m; ++i) {
+                const int64_t at = i * Kp + d;
+                storeu<F>(dg + at, sum);
+                sum += loadu<F>(chunk.kw + at) * loadu<F>(dkw + at);
+            }
+            sum = Vec<F>{};
+            for (int64_t i = m - 1; i >= 0; --i) {
+                const int64_t at = i * Kp + d;
+                sum -= loadu<F>(chunk.k() + at) * loadu<F>(dk + at);
+                for (int64_t half = 0; half < halves; ++half) {
+                    const int64_t by = half * m * Kp + at;
+                    sum += loadu<F>(chunk.x + by) * loadu<F>(dx + by);
+                    sum += loadu<F>(chunk.xr + by) * loadu<F>(dxr + by);
+                }
+                storeu<F>(dg + at, loadu<F>(dg + at) + sum);
+            }
+        }
+        for (int64_t i = 0; i < chunk.n; ++i)
+            narrow_row<F>(
+                dg + i * Kp,
+                static_cast<F*>(g.ddecay) + (((s.b * p.T + row + i) * p.H + own.h) * parts + own.part) * K,
+                K);
+    }
+
+    // What came from the state joins dx and dk.
+    void cross(Chunk<F>& chunk, int64_t both) {
+        const int64_t m = chunk.m;
+        if (chunk.channel) {
+            for (int64_t half = 0; half * m < both; ++half)
+                add_product(dx + half * m * Kp, dxr + half * m * Kp, chunk.into, m * Kp);
+            add_product(dk, dkw, chunk.out, m * Kp);
+            return;
+        }
+        for (int64_t i = 0; i < both; ++i) {
+            const F factor = chunk.gated ? chunk.into[i % m] : F(1);
+            for (int64_t d = 0; d < Kp; d += L)
+                storeu<F>(dx + i * Kp + d, loadu<F>(dx + i * Kp + d) + loadu<F>(dxr + i * Kp + d) * factor);
+        }
+        for (int64_t i = 0; i < m; ++i) {
+            const F factor = chunk.gated ? chunk.out[i] : F(1);
+            for (int64_t d = 0; d < Kp; d += L)
+                storeu<F>(dk + i * Kp + d, loadu<F>(dk + i * Kp + d) + loadu<F>(dkw + i * Kp + d) * factor);
+        }
+    }
+
+    template <typename E>
+    void store(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t row) {
+        const int64_t group = p.H / p.Hk, hk = own.h / group, m = chunk.m;
+        if (chunk.delta) add(dk, dx + m * Kp, m * Kp);
+        for (int which = 0; which < 2; ++which) {
+            F* from = which ? dk : dx;
+            void* to = which ? g.dk : g.dq;
+            const F *unit = which ? chunk.k() : chunk.q(), *inverse = chunk.inverse + which * m;
+            for (int64_t i = 0; i < chunk.n; ++i) {
+                F* x = from + i * Kp;
+                if (p.l2norm) {
+                    const F along = dot(x, unit + i * Kp, Kp);
+                    for (int64_t d = 0; d < Kp; d += L)
+                        storeu<F>(x + d,
+                                  (loadu<F>(x + d) - loadu<F>(unit + i * Kp + d) * along) * inverse[i]);
+                }
+                const int64_t at = (s.b * p.T + row + i) * p.Hk + hk;
+                if (g.summed) {
+                    const int64_t part = (own.h % group) * p.parts() + own.part;
+                    narrow_row<F>(x, static_cast<F*>(to) + (at * group * p.parts() + part) * K, K);
+                } else {
+                    narrow_row<F>(x, static_cast<E*>(to) + at * K, K);
+                }
+            }
+        }
+    }
+};
+
+template <typename F, typename E>
+void backward_tasks(const slm::LinearGradient& g, int64_t begin, int64_t end) {
+    const LinearProblem& p = g.problem;
+    Arena arena(size_t(Chunk<F>::chunk_bytes(p, p.columns) + Backward<F>::bytes(p) + 1024));
+    Backward<F> backward(g, arena);
+    const Arena::Mark mark = arena.mark();
+    for (int64_t task = begin; task < end; ++task) {
+        const LinearTask own(p, task);
+        const Sequence& s = p.sequences[own.sequence];
+        arena.back_to(mark);
+        Chunk<F> chunk(p, own.columns, arena);
+        F* const w = chunk.w;
+        const int64_t T = s.t.size(), K = p.K, head = own.sequence * p.H + own.h;
+        load_state<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, backward.dS);
+        load_state<F>(own.part == 0 ? shifted<F>(g.dz, head * K) : nullptr, 1, K, K, backward.dz);
+        if (p.decays == Decay::constant) static_cast<F*>(g.ddecay)[head * p.parts() + own.part] = 0;
+        for (int64_t t0 = (T - 1) / p.segment * p.segment; t0 >= 0 && T > 0; t0 -= p.segment) {
+            const int64_t t1 = T - t0 < p.segment ? T : t0 + p.segment;
+            chunk.w = w;
+            backward.template replay<E>(chunk, s, own, t0, t1);
+            for (int64_t c = (t1 - t0 - 1) / p.chunk; c >= 0; --c) {
+                const int64_t t = t0 + c * p.chunk, n = t1 - t < p.chunk ? t1 - t : p.chunk;
+                chunk.w = w;
+                backward.template gradient<E>(chunk, s, own, t, n, c);
+            }
+        }
+        if (g.dstate0)
+            store_state<F>(backward.dS, K, p.V, own.columns,
+                           static_cast<F*>(g.dstate0) + head * K * p.V + own.column);
+        if (g.dz0)
+            store_state<F>(backward.dz, 1, K, K, static_cast<F*>(g.dz0) + (head * p.parts() + own.part) * K);
+    }
+}
+
+template <typename F, typename E>
+void sum_part_rows(const void* from, void* to, int64_t parts, int64_t n, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const F* x = static_cast<const F*>(from) + row * parts * n;
+        E* y = static_cast<E*>(to) + row * n;
+        int64_t d = 0;
+        for (; d + kLanes<F> <= n; d += kLanes<F>) {
+            Vec<F> sum = loadu<F>(x + d);
+            for (int64_t part = 1; part < parts; ++part) sum += loadu<F>(x + part * n + d);
+            ::store<F>(y + d, sum);
+        }
+        for (; d < n; ++d) {
+            F sum = x[d];
+            for (int64_t part = 1; part < parts; ++part) sum += x[part * n + d];
+            narrow(sum, y + d);
+        }
+    }
+}

@@ -1,0 +1,285 @@
+// The CPU operators of linear attention: check tensors, lay out the work, hand it to the kernels of the tier in
+// use.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+#include "../common/tensors.h"
+#include "linear.h"
+
+namespace {
+
+using slm::Decay;
+using slm::dense_rows;
+using slm::Dtype;
+using slm::dtype_of;
+using slm::fresh;
+using slm::offsets;
+using slm::rows_of;
+using slm::Sequence;
+using slm::statistics_type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+const slm::LinearKernels& kernels() {
+#if defined(__x86_64__)
+    if (slm::get_isa() == slm::Isa::avx512) return slm::linear_avx512;
+    if (slm::get_isa() == slm::Isa::avx2) return slm::linear_avx2;
+#endif
+    return slm::linear_portable;
+}
+
+// Tokens a chunk. Depends on nothing but the kind of problem.
+int64_t chunk_length(Decay decays, bool delta, int64_t, int64_t) {
+    if (decays == Decay::channel) return 32;
+    return delta ? 64 : 32;
+}
+
+// Value columns a task. Where heads are few they are cut, as long as 32 columns are left; what is summed over
+// columns then has several summands, so the rule knows nothing of threads.
+int64_t task_columns(int64_t heads, int64_t V) {
+    int64_t parts = 1;
+    while (heads * parts < 4 && V / (2 * parts) >= 32) parts *= 2;
+    return (V + parts - 1) / parts;
+}
+
+// Gates and states: in the computing dtype, of the given shape, contiguous.
+template <typename Shape>
+Tensor statistics(const Tensor& x, const Shape& shape, ScalarType dtype, const char* name) {
+    bool fits = x.dim() == int64_t(shape.size()) && x.scalar_type() == dtype;
+    for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(int64_t(d)) == *(shape.begin() + d);
+    STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype (float32, or float64 for float64 inputs)");
+    return torch::stable::contiguous(x);
+}
+
+struct Inputs {
+    Tensor q, k, v;
+    Optional decay, beta, state, z;
+    std::vector<Sequence> sequences;
+    slm::LinearProblem problem;
+    int64_t B;
+
+    const void* data(const Optional& x) const { return x.has_value() ? x->data_ptr() : nullptr; }
+};
+
+using Sizes = std::initializer_list<int64_t>;
+
+Decay read_decay(const Optional& decay, int64_t B, int64_t T, int64_t H, int64_t K, ScalarType dtype,
+                 Optional& to) {
+    if (!decay.has_value()) return Decay::none;
+    if (decay->dim() == 1) {
+        to = statistics(*decay, Sizes{H}, dtype, "decay");
+        return Decay::constant;
+    }
+    if (decay->dim() == 3) {
+        to = statistics(*decay, Sizes{B, T, H}, dtype, "decay");
+        return Decay::scalar;
+    }
+    to = statistics(*decay, Sizes{B, T, H, K}, dtype, "decay");
+    return Decay::channel;
+}
+
+void check_tokens(const Tensor& q, const Tensor& k, const Tensor& v) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v must be [B, T, H, D]");
+    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                    "q, k, v must have one dtype");
+    for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(k.size(d) == q.size(d), "k must have q's shape");
+    STD_TORCH_CHECK(v.size(0) == q.size(0) && v.size(1) == q.size(1), "v must have q's batch and length");
+    STD_TORCH_CHECK(q.size(2) > 0 && v.size(2) % q.size(2) == 0, "q's heads must divide v's heads");
+    STD_TORCH_CHECK(q.size(3) > 0, "q must have a head dimension of at least 1");
+}
+
+Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& decay,
+                   const Optional& beta, const Optional& state, const Optional& z, const Optional& cu,
+                   double scale, bool normalize, bool l2norm, int64_t segment) {
+    check_tokens(q, k, v);
+    STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite");
+    STD_TORCH_CHECK(!(normalize && beta.has_value()), "normalize must be False with beta");
+    STD_TORCH_CHECK(segment >= 0 && segment % 64 == 0, "segment must be a multiple of 64, or 0");
+    Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), {}, {}, {}, {}, {}, {}, q.size(0)};
+    slm::LinearProblem& p = in.problem;
+    p.dtype = dtype_of(q);
+    const ScalarType exact = statistics_type(p.dtype);
+    p.T = q.size(1), p.Hk = q.size(2), p.H = v.size(2), p.K = q.size(3), p.V = v.size(3);
+    p.q = rows_of(in.q), p.k = rows_of(in.k), p.v = rows_of(in.v);
+    p.decays = read_decay(decay, in.B, p.T, p.H, p.K, exact, in.decay);
+    if (beta.has_value()) in.beta = statistics(*beta, Sizes{in.B, p.T, p.H}, exact, "beta");
+    if (cu.has_value()) {
+        STD_TORCH_CHECK(in.B == 1, "packed sequences need batch 1, got ", in.B);
+        const auto starts = offsets(*cu, p.T, "cu_seqlens");
+        for (size_t n = 0; n + 1 < starts.size(); ++n)
+            in.sequences.push_back({0, {starts[n], starts[n + 1]}});
+    } else {
+        for (int64_t b = 0; b < in.B; ++b) in.sequences.push_back({b, {0, p.T}});
+    }
+    const int64_t N = int64_t(in.sequences.size());
+    if (state.has_value()) in.state = statistics(*state, Sizes{N, p.H, p.K, p.V}, exact, "initial_state");
+    if (z.has_value()) in.z = statistics(*z, Sizes{N, p.H, p.K}, exact, "initial_normalizer");
+    p.decay = in.data(in.decay), p.beta = in.data(in.beta);
+    p.state0 = in.data(in.state), p.z0 = in.data(in.z);
+    p.sequences = in.sequences.data(), p.num_sequences = N;
+    p.segment = segment;
+    p.chunk = chunk_length(p.decays, beta.has_value(), p.K, p.V);
+    p.columns = std::max<int64_t>(1, task_columns(N * p.H, p.V));
+    p.scale = scale, p.normalize = normalize, p.l2norm = l2norm;
+    return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                   Optional decay, Optional beta, Optional initial_state,
+                                                   Optional initial_normalizer, Optional cu, double scale,
+                                                   bool normalize, bool l2norm, int64_t segment) {
+    Inputs in = read_inputs(q, k, v, decay, beta, initial_state, initial_normalizer, cu, scale, normalize,
+                            l2norm, segment);
+    slm::LinearProblem& p = in.problem;
+    const ScalarType exact = statistics_type(p.dtype);
+    const int64_t N = p.num_sequences;
+    Tensor o = fresh(q, {in.B, p.T, p.H, p.V}, q.scalar_type(), false);
+    Tensor state = fresh(q, {N, p.H, p.K, p.V}, exact, false);
+    Tensor z = normalize ? fresh(q, {N, p.H, p.K}, exact, false) : torch::stable::new_empty(q, {0}, exact);
+    Tensor kept = segment
+                      ? fresh(q, {in.B, p.T / segment, p.H, p.K * p.V + (normalize ? p.K : 0)}, exact, false)
+                      : torch::stable::new_empty(q, {0}, exact);
+    p.o = rows_of(o), p.state = state.data_ptr(), p.z = z.data_ptr(), p.kept = kept.data_ptr();
+    const auto& tier = kernels();
+    torch::stable::parallel_for(0, p.tasks(), 1,
+                                [&](int64_t begin, int64_t end) { tier.forward(p, begin, end); });
+    return {o, state, z, kept};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tensor& q, const Tensor& k,
+                   const Tensor& v, Optional decay, Optional beta, Optional initial_state,
+                   Optional initial_normalizer, Optional cu, const Tensor& kept, double scale, bool normalize,
+                   bool l2norm, int64_t segment) {
+    Inputs in = read_inputs(q, k, v, decay, beta, initial_state, initial_normalizer, cu, scale, normalize,
+                            l2norm, segment);
+    slm::LinearGradient g{};
+    g.problem = in.problem;
+    slm::LinearProblem& p = g.problem;
+    const ScalarType exact = statistics_type(p.dtype);
+    const int64_t B = in.B, N = p.num_sequences, parts = p.parts(), group = p.H / p.Hk;
+    STD_TORCH_CHECK(segment > 0, "segment must be that of a forward that kept its states");
+    const Tensor states = statistics(kept, Sizes{B, p.T / segment, p.H, p.K * p.V + (normalize ? p.K : 0)},
+                                     exact, "checkpoints");
+    p.kept = states.data_ptr();
+    STD_TORCH_CHECK(dout.dim() == 4 && dout.scalar_type() == q.scalar_type(),
+                    "dout must be [B, T, H, V] of q's dtype");
+    for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(dout.size(d) == v.size(d), "dout must have v's shape");
+    const Tensor douts = dense_rows(dout);
+    Optional dstates, dzs;
+    if (dstate.has_value()) dstates = statistics(*dstate, Sizes{N, p.H, p.K, p.V}, exact, "dstate");
+    if (dz.has_value()) dzs = statistics(*dz, Sizes{N, p.H, p.K}, exact, "dnormalizer");
+    g.dout = rows_of(douts), g.dstate = in.data(dstates), g.dz = in.data(dzs);
+
+    const auto empty = [&](bool there, Sizes shape) {
+        return there ? fresh(q, shape, exact, false) : torch::stable::new_empty(q, {0}, exact);
+    };
+    const auto& tier = kernels();
+    const auto sum_parts = [&](const Tensor& from, const Tensor& to, int64_t rows, int64_t count, int64_t n) {
+        const Dtype dtype = dtype_of(to);
+        torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(count * n, 1)),
+                                    [&](int64_t begin, int64_t end) {
+                                        tier.sum_parts(dtype, from.data_ptr(), to.data_ptr(), count, n, begin,
+                                                       end);
+                                    });
+    };
+    const Tensor dq = fresh(q, {B, p.T, p.Hk, p.K}, q.scalar_type(), false);
+    const Tensor dk = fresh(q, {B, p.T, p.Hk, p.K}, q.scalar_type(), false);
+    const Tensor dv = fresh(q, {B, p.T, p.H, p.V}, q.scalar_type(), false);
+    g.dv = rows_of(dv);
+    const int64_t summands = group * parts;
+    g.summed = summands > 1;
+    const Tensor dqs = g.summed ? empty(true, {B, p.T, p.Hk, summands, p.K}) : dq;
+    const Tensor dks = g.summed ? empty(true, {B, p.T, p.Hk, summands, p.K}) : dk;
+    g.dq = dqs.data_ptr(), g.dk = dks.data_ptr();
+
+    const bool gated = p.decays != Decay::none, channel = p.decays == Decay::channel;
+    const bool constant = p.decays == Decay::constant;
+    const int64_t gates = channel ? p.K : 1;
+    const Tensor ddecays =
+        constant ? empty(true, {N, p.H, parts}) : empty(gated, {B, p.T, p.H, parts, gates});
+    const Tensor dbetas = empty(beta.has_value(), {B, p.T, p.H, parts});
+    const Tensor dstate0 = empty(initial_state.has_value(), {N, p.H, p.K, p.V});
+    const Tensor dz0s = empty(initial_normalizer.has_value(), {N, p.H, parts, p.K});
+    g.ddecay = ddecays.data_ptr(), g.dbeta = dbetas.data_ptr();
+    g.dstate0 = initial_state.has_value() ? dstate0.data_ptr() : nullptr;
+    g.dz0 = initial_normalizer.has_value() ? dz0s.data_ptr() : nullptr;
+    torch::stable::parallel_for(0, p.tasks(), 1,
+                                [&](int64_t begin, int64_t end) { tier.backward(g, begin, end); });
+
+    if (g.summed) {
+        sum_parts(dqs, dq, B * p.T * p.Hk, summands, p.K);
+        sum_parts(dks, dk, B * p.T * p.Hk, summands, p.K);
+    }
+    Tensor ddecay = empty(false, {}), dbeta = empty(false, {}), dz0 = empty(false, {});
+    if (constant) {
+        ddecay = empty(true, {p.H});
+        const auto total = [&](auto* to, const auto* from) {  // in the order of the sequences
+            for (int64_t h = 0; h < p.H; ++h) {
+                to[h] = 0;
+                for (int64_t n = 0; n < N; ++n)
+                    for (int64_t part = 0; part < parts; ++part) to[h] += from[(n * p.H + h) * parts + part];
+            }
+        };
+        if (p.dtype == Dtype::f64)
+            total(static_cast<double*>(ddecay.data_ptr()), static_cast<const double*>(ddecays.data_ptr()));
+        else
+            total(static_cast<float*>(ddecay.data_ptr()), static_cast<const float*>(ddecays.data_ptr()));
+    } else if (gated) {
+        ddecay = channel ? empty(true, {B, p.T, p.H, p.K}) : empty(true, {B, p.T, p.H});
+        sum_parts(ddecays, ddecay, B * p.T * p.H, parts, gates);
+    }
+    if (beta.has_value()) {
+        dbeta = empty(true, {B, p.T, p.H});
+        sum_parts(dbetas, dbeta, B * p.T * p.H, parts, 1);
+    }
+    if (initial_normalizer.has_value()) {
+        dz0 = empty(true, {N, p.H, p.K});
+        sum_parts(dz0s, dz0, N * p.H, parts, p.K);
+    }
+    return {dq, dk, dv, ddecay, dbeta, dstate0, dz0};
+}
+
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Optional decay, Optional beta, Tensor state,
+            Optional normalizer, double scale, bool l2norm) {
+    check_tokens(q, k, v);
+    slm::LinearStep s{};
+    s.dtype = dtype_of(q);
+    const ScalarType exact = statistics_type(s.dtype);
+    s.B = q.size(0), s.n = q.size(1), s.Hk = q.size(2), s.H = v.size(2), s.K = q.size(3), s.V = v.size(3);
+    STD_TORCH_CHECK(state.is_contiguous() && (!normalizer.has_value() || normalizer->is_contiguous()),
+                    "state must be contiguous: it is updated in place");
+    STD_TORCH_CHECK(!(normalizer.has_value() && beta.has_value()), "the normalizer must be absent with beta");
+    statistics(state, Sizes{s.B, s.H, s.K, s.V}, exact, "state");
+    if (normalizer.has_value()) statistics(*normalizer, Sizes{s.B, s.H, s.K}, exact, "normalizer");
+    Optional gates, rates;
+    s.decays = read_decay(decay, s.B, s.n, s.H, s.K, exact, gates);
+    if (beta.has_value()) rates = statistics(*beta, Sizes{s.B, s.n, s.H}, exact, "beta");
+    const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
+    Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.H, s.V});
+    s.q = rows_of(queries), s.k = rows_of(keys), s.v = rows_of(values), s.o = rows_of(o);
+    s.decay = gates.has_value() ? gates->data_ptr() : nullptr;
+    s.beta = rates.has_value() ? rates->data_ptr() : nullptr;
+    s.state = state.data_ptr(), s.z = normalizer.has_value() ? normalizer->data_ptr() : nullptr;
+    s.scale = scale, s.l2norm = l2norm;
+    const auto& tier = kernels();
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, s.n * s.K * s.V));
+    torch::stable::parallel_for(0, s.B * s.H, grain,
+                                [&](int64_t begin, int64_t end) { tier.step(s, begin, end); });
+    return o;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(slmkernels, CPU, m) {
+    m.impl("linear_attention_forward", TORCH_BOX(&forward));
+    m.impl("linear_attention_backward", TORCH_BOX(&backward));
+    m.impl("linear_attention_step", TORCH_BOX(&step));
+}

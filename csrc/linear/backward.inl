@@ -50,9 +50,10 @@ struct Backward {
         y = arena.take<F>(2 * C * width);
         dM = arena.take<F>(2 * C * C);
         dxr = arena.take<F>(2 * C * Kp);
-        dx = arena.take<F>(2 * C * Kp);
-        dk = arena.take<F>(C * Kp);
         dkw = arena.take<F>(C * Kp);
+        const bool channel = p.decays == Decay::channel;  // else shares from the state are scaled in place
+        dx = channel ? arena.take<F>(2 * C * Kp) : dxr;
+        dk = channel ? arena.take<F>(C * Kp) : dkw;
         du = arena.take<F>(C * width);
         ut = arena.take<F>(width * C);
         st = arena.take<F>(width * Kp);
@@ -81,6 +82,8 @@ struct Backward {
             if (last && !chunk.delta) break;
             F* state = states + c * size;
             chunk.template read<E>(s, t, last ? t1 - t : C, own.h, own.column, false);
+            const int64_t left = t1 - t - C;
+            chunk.template expect<E>(s, t + C, left < C ? left : C, own.h, own.column, false);
             chunk.mix(readers);
             if (chunk.delta) {
                 const int64_t m = chunk.m;
@@ -102,6 +105,17 @@ struct Backward {
         const F* state = states + c * K * Vp;
         const F* z = zs ? zs + c * Kp : nullptr;
         chunk.template read<E>(s, t, n, own.h, own.column, true);
+        if (t > 0) {
+            chunk.template expect<E>(s, t - C, C, own.h, own.column, true);
+            const int64_t before = s.t.begin + t - C, hk = own.h / (p.H / p.Hk);
+            chunk.ahead.template add<E>(g.dout, s.b, before, own.h, own.column, own.columns, false);
+            chunk.ahead.template add<E>(g.dv, s.b, before, own.h, own.column, own.columns, true);
+            if (!g.summed) {
+                const Rows like{nullptr, p.T * p.Hk * K, p.Hk * K, K};
+                for (void* to : {g.dq, g.dk})
+                    chunk.ahead.template add<E>({to, like.b, like.t, like.h}, s.b, before, hk, 0, K, true);
+            }
+        }
         const Readers readers = chunk.all();
         const int64_t m = chunk.m, both = readers.last * m, row = s.t.begin + t;
         if (chunk.delta) {  // u again
@@ -112,12 +126,14 @@ struct Backward {
         }
         chunk.mix(readers);
 
-        chunk.template load<E>(g.dout, s.b, row, own.h, own.column, own.columns, y, Vp);
-        for (int64_t i = 0; i < m; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             if (z) den[i] = denominator(chunk, z, i);
             const F factor = z ? F(1) / den[i] : F(p.scale);
-            for (int64_t e = 0; e < Vp; e += L) storeu<F>(y + i * Vp + e, loadu<F>(y + i * Vp + e) * factor);
+            widen_scaled<F>(g.dout.at<const E>(s.b, row + i, own.h) + own.column, y + i * Vp, factor,
+                            own.columns);
         }
+        for (int64_t i = n; i < m; ++i) den[i] = 1;
+        fill_zero(y + n * Vp, (m - n) * Vp);
 
         // du, and through the triangle
         gemm<Fma<F>, false>(m, Vp / L, K, chunk.writers(), Kp, 1, dS, Vp, du, Vp);
@@ -146,36 +162,26 @@ struct Backward {
             for (int64_t i = 0; i < m; i += kSub)
                 gemm<Fma<F>, false>(kSub, (i + kSub) / L, own.columns, y + (half * m + i) * Vp, Vp, 1, ut, C,
                                     dM + (half * m + i) * C, C);
+        chunk.ahead.fetch(6);
         pack_transposed<Fma<F>>(state, Vp, K, own.columns, st, Kp);
         gemm<Fma<F>, false>(both, Kp / L, own.columns, y, Vp, 1, st, Kp, dxr, Kp);
+        chunk.ahead.fetch(6);
         pack_transposed<Fma<F>>(dS, Vp, K, own.columns, st, Kp);
         gemm<Fma<F>, false>(m, Kp / L, own.columns, chunk.u, Vp, 1, st, Kp, dkw, Kp);
+        chunk.ahead.fetch(6);
         if (z) normalizer_gradient(chunk, z);
 
         // gates' shares inside the chunk, dM of the undecayed products
         fill_zero(rows, 4 * C);
         for (int half = 0; half < readers.last; ++half)
             for (int64_t i = 0; i < m; ++i) finish(chunk, i, half);
+        chunk.ahead.fetch(6);
         if (chunk.channel) {
             fill_zero(dx, both * Kp);
             fill_zero(dk, m * Kp);
             ChannelGradient<F> channel{dM, dx, dk, product};
             mix_channels<true>(chunk, readers, &channel);
-        } else {
-            for (int half = 0; half < readers.last; ++half)
-                for (int64_t i = 0; i < m; i += kSub)
-                    gemm<Fma<F>, false>(kSub, Kp / L, i + kSub, dM + (half * m + i) * C, C, 1, chunk.k(), Kp,
-                                        dx + (half * m + i) * Kp, Kp);
-            for (int64_t j = 0; j < m; j += kSub) {
-                gemm<Fma<F>, false>(kSub, Kp / L, m - j, dM + j * C + j, 1, C, chunk.q() + j * Kp, Kp,
-                                    dk + j * Kp, Kp);
-                if (chunk.delta)
-                    gemm<Fma<F>, true>(kSub, Kp / L, m - j, dM + (m + j) * C + j, 1, C, chunk.k() + j * Kp,
-                                       Kp, dk + j * Kp, Kp);
-            }
-        }
-        if (chunk.gated) gate_gradient(chunk, s, own, row, state, z);
-        if (chunk.channel)
+            gate_gradient(chunk, s, own, row, state, z);
             for (int64_t i = 0; i < m; ++i) {  // the diagonal
                 const Vec<F> share = splat<F>(dM[i * C + i]);
                 for (int64_t d = 0; d < Kp; d += L) {
@@ -184,11 +190,33 @@ struct Backward {
                     storeu<F>(to_k, loadu<F>(to_k) + share * loadu<F>(chunk.q() + i * Kp + d));
                 }
             }
-        cross(chunk, both);
+            for (int half = 0; half < readers.last; ++half)
+                add_product(dx + half * m * Kp, dxr + half * m * Kp, chunk.into, m * Kp);
+            add_product(dk, dkw, chunk.out, m * Kp);
+        } else {
+            if (chunk.gated) {
+                gate_gradient(chunk, s, own, row, state, z);
+                for (int half = 0; half < readers.last; ++half)
+                    scale_rows(dx + half * m * Kp, chunk.into, 1, m, Kp);
+                scale_rows(dk, chunk.out, 1, m, Kp);
+            }
+            for (int half = 0; half < readers.last; ++half)
+                for (int64_t i = 0; i < m; i += kSub)
+                    gemm<Fma<F>, true>(kSub, Kp / L, i + kSub, dM + (half * m + i) * C, C, 1, chunk.k(), Kp,
+                                       dx + (half * m + i) * Kp, Kp);
+            for (int half = 0; half < readers.last; ++half)
+                for (int64_t j = 0; j < m; j += kSub)
+                    gemm<Fma<F>, true>(kSub, Kp / L, m - j, dM + (half * m + j) * C + j, 1, C,
+                                       chunk.x + (half * m + j) * Kp, Kp, dk + j * Kp, Kp);
+        }
 
         // dS and dz before this chunk
         if (chunk.gated) scale_rows(dS, chunk.total, 1, K, Vp);
-        gemm<Fma<F>, true>(K, Vp / L, both, chunk.xr, 1, Kp, y, Vp, dS, Vp);
+        for (int64_t d = 0; d < K; d += 24) {
+            gemm<Fma<F>, true>(K - d < 24 ? K - d : 24, Vp / L, both, chunk.xr + d, 1, Kp, y, Vp, dS + d * Vp,
+                               Vp);
+            chunk.ahead.fetch(6);
+        }
         if (z) {
             if (chunk.gated) multiply(dz, dz, chunk.total, Kp);
             for (int64_t i = 0; i < m; ++i)
@@ -296,37 +324,17 @@ struct Backward {
                 K);
     }
 
-    // What came from the state joins dx and dk.
-    void cross(Chunk<F>& chunk, int64_t both) {
-        const int64_t m = chunk.m;
-        if (chunk.channel) {
-            for (int64_t half = 0; half * m < both; ++half)
-                add_product(dx + half * m * Kp, dxr + half * m * Kp, chunk.into, m * Kp);
-            add_product(dk, dkw, chunk.out, m * Kp);
-            return;
-        }
-        for (int64_t i = 0; i < both; ++i) {
-            const F factor = chunk.gated ? chunk.into[i % m] : F(1);
-            for (int64_t d = 0; d < Kp; d += L)
-                storeu<F>(dx + i * Kp + d, loadu<F>(dx + i * Kp + d) + loadu<F>(dxr + i * Kp + d) * factor);
-        }
-        for (int64_t i = 0; i < m; ++i) {
-            const F factor = chunk.gated ? chunk.out[i] : F(1);
-            for (int64_t d = 0; d < Kp; d += L)
-                storeu<F>(dk + i * Kp + d, loadu<F>(dk + i * Kp + d) + loadu<F>(dkw + i * Kp + d) * factor);
-        }
-    }
-
     template <typename E>
     void store(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t row) {
         const int64_t group = p.H / p.Hk, hk = own.h / group, m = chunk.m;
-        if (chunk.delta) add(dk, dx + m * Kp, m * Kp);
+        const int64_t part = (own.h % group) * p.parts() + own.part;
         for (int which = 0; which < 2; ++which) {
             F* from = which ? dk : dx;
             void* to = which ? g.dk : g.dq;
             const F *unit = which ? chunk.k() : chunk.q(), *inverse = chunk.inverse + which * m;
             for (int64_t i = 0; i < chunk.n; ++i) {
                 F* x = from + i * Kp;
+                if (which && chunk.delta) add(x, dx + (m + i) * Kp, Kp);
                 if (p.l2norm) {
                     const F along = dot(x, unit + i * Kp, Kp);
                     for (int64_t d = 0; d < Kp; d += L)
@@ -334,12 +342,10 @@ struct Backward {
                                   (loadu<F>(x + d) - loadu<F>(unit + i * Kp + d) * along) * inverse[i]);
                 }
                 const int64_t at = (s.b * p.T + row + i) * p.Hk + hk;
-                if (g.summed) {
-                    const int64_t part = (own.h % group) * p.parts() + own.part;
+                if (g.summed)
                     narrow_row<F>(x, static_cast<F*>(to) + (at * group * p.parts() + part) * K, K);
-                } else {
+                else
                     narrow_row<F>(x, static_cast<E*>(to) + at * K, K);
-                }
             }
         }
     }

@@ -83,6 +83,24 @@ SLM_INLINE void add(F* to, const F* a, int64_t n) {
     for (int64_t d = 0; d < n; d += kLanes<F>) storeu<F>(to + d, loadu<F>(to + d) + loadu<F>(a + d));
 }
 
+// A row from storage times a factor, and back.
+template <typename F, typename E>
+SLM_INLINE void widen_scaled(const E* from, F* to, F factor, int64_t n) {
+    constexpr int L = kLanes<F>;
+    int64_t d = 0;
+    for (; d + L <= n; d += L) storeu<F>(to + d, load<F>(from + d) * factor);
+    if (d == n) return;
+    for (int l = 0; l < L; ++l) to[d + l] = d + l < n ? widen<F>(from[d + l]) * factor : F(0);
+}
+
+template <typename F, typename E>
+SLM_INLINE void narrow_scaled(const F* from, E* to, F factor, int64_t n) {
+    constexpr int L = kLanes<F>;
+    int64_t d = 0;
+    for (; d + L <= n; d += L) store<F>(to + d, loadu<F>(from + d) * factor);
+    for (; d < n; ++d) narrow(from[d] * factor, to + d);
+}
+
 template <typename F>
 SLM_INLINE void fill_zero(F* to, int64_t n) {
     __builtin_memset(to, 0, size_t(n) * sizeof(F));
@@ -103,6 +121,37 @@ struct Readers {
     int first, last;
 };
 
+// Asks for the rows that the chunk to come reads and writes, a few at a time between products: the rows of one
+// head lie H D apart, which the hardware's own prefetchers do not follow.
+struct Ahead {
+    struct Tensor {
+        char* rows;
+        int64_t stride, bytes;
+        bool written;
+    } tensors[7];
+    int count = 0;
+    int64_t at = 0, end = 0;
+
+    template <typename E>
+    void add(const Rows& x, int64_t b, int64_t t, int64_t h, int64_t column, int64_t width, bool written) {
+        char* rows = reinterpret_cast<char*>(x.at<E>(b, t, h) + column);
+        tensors[count++] = {rows, x.t * int64_t(sizeof(E)), width * int64_t(sizeof(E)), written};
+    }
+
+    SLM_INLINE void fetch(int64_t rows) {
+        for (; rows > 0 && at < end; --rows, ++at)
+            for (int i = 0; i < count; ++i) {
+                const Tensor& x = tensors[i];
+                if (x.written)
+                    for (int64_t byte = 0; byte < x.bytes; byte += 64)
+                        __builtin_prefetch(x.rows + at * x.stride + byte, 1, 2);
+                else
+                    for (int64_t byte = 0; byte < x.bytes; byte += 64)
+                        __builtin_prefetch(x.rows + at * x.stride + byte, 0, 2);
+            }
+    }
+};
+
 // One chunk of one head in scratch memory. Row arrays have `m` rows, a multiple of kSub; those from n on are
 // zeros (gates 1), which changes neither state nor results.
 template <typename F>
@@ -113,6 +162,7 @@ struct Chunk {
     const int64_t Kp, Vp;  // in whole registers
     const bool channel, scalar, gated, delta;
     int64_t n, m;
+    Ahead ahead;
 
     F* x;  // [2m][Kp] readers: q, then k
     F* xr;  // [2m][Kp] readers as they meet the state: x e^G
@@ -214,6 +264,18 @@ struct Chunk {
             read_scalar_gates(s.b, row, h, readers);
     }
 
+    // The chunk that `read` will be asked for next.
+    template <typename E>
+    void expect(const Sequence& s, int64_t t, int64_t count, int64_t h, int64_t column, bool with_q) {
+        ahead = Ahead{};
+        if (count <= 0) return;
+        const int64_t row = s.t.begin + t, hk = h / (p.H / p.Hk);
+        if (with_q) ahead.add<E>(p.q, s.b, row, hk, 0, K, false);
+        ahead.add<E>(p.k, s.b, row, hk, 0, K, false);
+        ahead.add<E>(p.v, s.b, row, h, column, V, false);
+        ahead.end = count;
+    }
+
     void read_scalar_gates(int64_t b, int64_t t, int64_t h, Readers readers) {
         const F* from =
             static_cast<const F*>(p.decay) + (p.decays == Decay::constant ? h : (b * p.T + t) * p.H + h);
@@ -261,6 +323,7 @@ struct Chunk {
                 gemm<Fma<F>, false>(kSub, (i + kSub) / L, Kp, x + (half * m + i) * Kp, Kp, 1, packed, C,
                                     to + i * C, C);
                 for (int64_t r = i; r < i + kSub; ++r) finish(to + r * C, r, i + kSub, half);
+                ahead.fetch(6);
             }
         }
     }
@@ -285,7 +348,11 @@ struct Chunk {
     // state <- e^{G_C} state + (k e^{G_C - G})^T u, and the normaliser likewise.
     void write(F* state, F* z) {
         if (gated) scale_rows(state, total, 1, K, Vp);
-        gemm<Fma<F>, true>(K, Vp / L, m, writers(), 1, Kp, u, Vp, state, Vp);
+        for (int64_t d = 0; d < K; d += 24) {
+            gemm<Fma<F>, true>(K - d < 24 ? K - d : 24, Vp / L, m, writers() + d, 1, Kp, u, Vp,
+                               state + d * Vp, Vp);
+            ahead.fetch(6);
+        }
         if (z == nullptr) return;
         if (gated) multiply(z, z, total, Kp);
         for (int64_t i = 0; i < m; ++i) add(z, writers() + i * Kp, Kp);

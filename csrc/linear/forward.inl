@@ -26,19 +26,27 @@ void forward_tasks(const LinearProblem& p, int64_t begin, int64_t end) {
             }
             const int64_t n = s.t.size() - t < C ? s.t.size() - t : C;
             chunk.template read<E>(s, t, n, own.h, own.column, true);
+            const int64_t left = s.t.size() - t - n;
+            chunk.template expect<E>(s, t + n, left < C ? left : C, own.h, own.column, true);
+            if (left > 0)
+                chunk.ahead.template add<E>(p.o, s.b, s.t.begin + t + n, own.h, own.column, own.columns,
+                                            true);
             const Readers readers = chunk.all();
             const int64_t m = chunk.m;
             chunk.mix(readers);
-            gemm<Fma<F>, false>(readers.last * m, Vp / L, K, chunk.xr, Kp, 1, state, Vp, o, Vp);
+            for (int64_t i = 0; i < readers.last * m; i += 2 * kSub) {
+                const int64_t rows = readers.last * m - i < 2 * kSub ? kSub : 2 * kSub;
+                gemm<Fma<F>, false>(rows, Vp / L, K, chunk.xr + i * Kp, Kp, 1, state, Vp, o + i * Vp, Vp);
+                chunk.ahead.fetch(6);
+            }
             if (chunk.delta) chunk.solve_delta(o + m * Vp);
             for (int64_t i = 0; i < m; i += kSub)
                 gemm<Fma<F>, true>(kSub, Vp / L, i + kSub, chunk.M + i * C, C, 1, chunk.u, Vp, o + i * Vp,
                                    Vp);
             for (int64_t i = 0; i < n; ++i) {
                 const F factor = z ? F(1) / denominator(chunk, z, i) : F(p.scale);
-                F* row = o + i * Vp;
-                for (int64_t d = 0; d < Vp; d += L) storeu<F>(row + d, loadu<F>(row + d) * factor);
-                narrow_row<F>(row, p.o.at<E>(s.b, s.t.begin + t + i, own.h) + own.column, own.columns);
+                narrow_scaled<F>(o + i * Vp, p.o.at<E>(s.b, s.t.begin + t + i, own.h) + own.column, factor,
+                                 own.columns);
             }
             chunk.write(state, z);
         }

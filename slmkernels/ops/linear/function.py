@@ -140,7 +140,7 @@ def segment_length(K: int, V: int) -> int:
 
     The backward computes the states of one segment's chunks again, and holds them, in cache.
     """
-    return 64 * min(16, max(2, CHECKPOINT_BYTES // (4 * K * max(V, 1))))
+    return 64 * min(8, max(4, CHECKPOINT_BYTES // (4 * K * max(V, 1))))
 
 
 class LinearAttention(Function):

@@ -22,16 +22,17 @@ struct Backward {
     static constexpr int L = kLanes<F>;
     const slm::LinearGradient& g;
     const LinearProblem& p;
-    const int64_t C, K, Kp, width, held;  // chunks in a segment
+    const int64_t C, K, Kp, width, held;  // held: chunks in a segment
+    const int64_t together;  // tasks that walk together
 
-    F *dS, *states, *ws, *zs, *dz;
+    F *gradients, *dzs, *dS, *dz, *states, *ws, *zs;
     F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *st, *product, *dg, *den, *rows, *carry;
 
     static int64_t bytes(const LinearProblem& p) {
         const int64_t C = p.chunk, Kp = round_up(p.K, L), W = round_up(p.columns, L), held = p.segment / C;
         const int64_t state = p.K * W, kept = (held + 1) * state + held * (C * W + Kp);
         const int64_t chunk = C * (2 * W + 2 * C + 7 * Kp + W + 8) + W * C + W * Kp + (C + 4) * Kp;
-        return int64_t(sizeof(F)) * (state + kept + chunk) + 64 * 32;
+        return int64_t(sizeof(F)) * (Forward<F>::walkers(p) * (state + Kp) + kept + chunk) + 64 * 32;
     }
 
     Backward(const slm::LinearGradient& gradient, Arena& arena)
@@ -41,12 +42,13 @@ struct Backward {
           K(p.K),
           Kp(round_up(p.K, L)),
           width(round_up(p.columns, L)),
-          held(p.segment / p.chunk) {
-        dS = arena.take<F>(K * width);
+          held(p.segment / p.chunk),
+          together(Forward<F>::walkers(p)) {
+        gradients = arena.take<F>(together * K * width);
         states = arena.take<F>((held + 1) * K * width);
         ws = p.beta ? arena.take<F>(held * C * width) : nullptr;
         zs = p.normalize ? arena.take<F>(held * Kp) : nullptr;
-        dz = arena.take<F>(Kp);
+        dzs = arena.take<F>(together * Kp);
         y = arena.take<F>(2 * C * width);
         dM = arena.take<F>(2 * C * C);
         dxr = arena.take<F>(2 * C * Kp);
@@ -64,10 +66,49 @@ struct Backward {
         carry = arena.take<F>(2 * Kp);
     }
 
+    // Tasks first .. first + count, all of one sequence, segment by segment (see forward.inl).
+    template <typename E>
+    void walk(Chunk<F>& chunk, int64_t first, int64_t count) {
+        const int64_t T = p.sequences[LinearTask(p, first).sequence].t.size(), parts = p.parts();
+        for (int64_t i = 0; i < count; ++i) {
+            const LinearTask own(p, first + i);
+            const int64_t head = own.sequence * p.H + own.h;
+            use(i);
+            load_state<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, dS);
+            load_state<F>(own.part == 0 ? shifted<F>(g.dz, head * K) : nullptr, 1, K, K, dz);
+            if (p.decays == Decay::constant) static_cast<F*>(g.ddecay)[head * parts + own.part] = 0;
+        }
+        F* const w = chunk.w;
+        for (int64_t t0 = T == 0 ? -1 : (T - 1) / p.segment * p.segment; t0 >= 0; t0 -= p.segment)
+            for (int64_t i = 0; i < count; ++i) {
+                const LinearTask own(p, first + i);
+                const int64_t t1 = T - t0 < p.segment ? T : t0 + p.segment;
+                use(i);
+                replay<E>(chunk, own, t0, t1);
+                for (int64_t c = (t1 - t0 - 1) / C; c >= 0; --c) {
+                    const int64_t t = t0 + c * C;
+                    gradient<E>(chunk, own, t, t1 - t < C ? t1 - t : C, c);
+                    chunk.w = w;
+                }
+            }
+        for (int64_t i = 0; i < count; ++i) {
+            const LinearTask own(p, first + i);
+            const int64_t head = own.sequence * p.H + own.h;
+            use(i);
+            if (g.dstate0)
+                store_state<F>(dS, K, p.V, own.columns,
+                               static_cast<F*>(g.dstate0) + head * K * p.V + own.column);
+            if (g.dz0) store_state<F>(dz, 1, K, K, static_cast<F*>(g.dz0) + (head * parts + own.part) * K);
+        }
+    }
+
+    void use(int64_t i) { dS = gradients + i * K * width, dz = dzs + i * Kp; }
+
     // States (and the delta rule's w) of the chunks of one segment, from the one before it.
     template <typename E>
-    void replay(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t t0, int64_t t1) {
-        const int64_t Vp = chunk.Vp, size = K * Vp, head = own.sequence * p.H + own.h;
+    void replay(Chunk<F>& chunk, const LinearTask& own, int64_t t0, int64_t t1) {
+        const Sequence& s = p.sequences[own.sequence];
+        const int64_t Vp = round_up(own.columns, L), size = K * Vp, head = own.sequence * p.H + own.h;
         const F *from, *z;
         if (t0 == 0) {
             from = shifted<F>(p.state0, head * K * p.V), z = shifted<F>(p.z0, head * K);
@@ -81,9 +122,8 @@ struct Backward {
             const bool last = t + C >= t1;
             if (last && !chunk.delta) break;
             F* state = states + c * size;
-            chunk.template read<E>(s, t, last ? t1 - t : C, own.h, own.column, false);
-            const int64_t left = t1 - t - C;
-            chunk.template expect<E>(s, t + C, left < C ? left : C, own.h, own.column, false);
+            chunk.template read<E>(own, t, last ? t1 - t : C, false);
+            if (!last) chunk.template expect<E>(own, t + C, false);
             chunk.mix(readers);
             if (chunk.delta) {
                 const int64_t m = chunk.m;
@@ -99,14 +139,14 @@ struct Backward {
     }
 
     template <typename E>
-    void gradient(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t t, int64_t n,
-                  int64_t c) {
-        const int64_t Vp = chunk.Vp;
+    void gradient(Chunk<F>& chunk, const LinearTask& own, int64_t t, int64_t n, int64_t c) {
+        const Sequence& s = p.sequences[own.sequence];
+        const int64_t Vp = round_up(own.columns, L);
         const F* state = states + c * K * Vp;
         const F* z = zs ? zs + c * Kp : nullptr;
-        chunk.template read<E>(s, t, n, own.h, own.column, true);
-        if (t > 0) {
-            chunk.template expect<E>(s, t - C, C, own.h, own.column, true);
+        chunk.template read<E>(own, t, n, true);
+        chunk.template expect<E>(own, c > 0 ? t - C : -1, true);
+        if (c > 0) {
             const int64_t before = s.t.begin + t - C, hk = own.h / (p.H / p.Hk);
             chunk.ahead.template add<E>(g.dout, s.b, before, own.h, own.column, own.columns, false);
             chunk.ahead.template add<E>(g.dv, s.b, before, own.h, own.column, own.columns, true);
@@ -354,34 +394,16 @@ struct Backward {
 template <typename F, typename E>
 void backward_tasks(const slm::LinearGradient& g, int64_t begin, int64_t end) {
     const LinearProblem& p = g.problem;
-    Arena arena(size_t(Chunk<F>::chunk_bytes(p, p.columns) + Backward<F>::bytes(p) + 1024));
+    Arena arena(size_t(Chunk<F>::bytes(p) + Backward<F>::bytes(p) + 1024));
     Backward<F> backward(g, arena);
-    const Arena::Mark mark = arena.mark();
-    for (int64_t task = begin; task < end; ++task) {
-        const LinearTask own(p, task);
-        const Sequence& s = p.sequences[own.sequence];
-        arena.back_to(mark);
-        Chunk<F> chunk(p, own.columns, arena);
-        F* const w = chunk.w;
-        const int64_t T = s.t.size(), K = p.K, head = own.sequence * p.H + own.h;
-        load_state<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, backward.dS);
-        load_state<F>(own.part == 0 ? shifted<F>(g.dz, head * K) : nullptr, 1, K, K, backward.dz);
-        if (p.decays == Decay::constant) static_cast<F*>(g.ddecay)[head * p.parts() + own.part] = 0;
-        for (int64_t t0 = (T - 1) / p.segment * p.segment; t0 >= 0 && T > 0; t0 -= p.segment) {
-            const int64_t t1 = T - t0 < p.segment ? T : t0 + p.segment;
-            chunk.w = w;
-            backward.template replay<E>(chunk, s, own, t0, t1);
-            for (int64_t c = (t1 - t0 - 1) / p.chunk; c >= 0; --c) {
-                const int64_t t = t0 + c * p.chunk, n = t1 - t < p.chunk ? t1 - t : p.chunk;
-                chunk.w = w;
-                backward.template gradient<E>(chunk, s, own, t, n, c);
-            }
-        }
-        if (g.dstate0)
-            store_state<F>(backward.dS, K, p.V, own.columns,
-                           static_cast<F*>(g.dstate0) + head * K * p.V + own.column);
-        if (g.dz0)
-            store_state<F>(backward.dz, 1, K, K, static_cast<F*>(g.dz0) + (head * p.parts() + own.part) * K);
+    Chunk<F> chunk(p, arena);
+    const int64_t per_sequence = p.H * p.parts(), together = backward.together;
+    for (int64_t task = begin; task < end;) {
+        const int64_t left = (task / per_sequence + 1) * per_sequence - task;
+        int64_t count = left < together ? left : together;
+        count = end - task < count ? end - task : count;
+        backward.template walk<E>(chunk, task, count);
+        task += count;
     }
 }
 

@@ -152,16 +152,28 @@ struct Ahead {
     }
 };
 
+// Which sequence, head and value columns a task has.
+struct LinearTask {
+    int64_t sequence, h, part, column, columns;
+
+    LinearTask(const LinearProblem& p, int64_t task) {
+        const int64_t parts = p.parts();
+        sequence = task / (p.H * parts), h = task / parts % p.H, part = task % parts;
+        column = part * p.columns;
+        columns = p.V - column < p.columns ? p.V - column : p.columns;
+    }
+};
+
 // One chunk of one head in scratch memory. Row arrays have `m` rows, a multiple of kSub; those from n on are
 // zeros (gates 1), which changes neither state nor results.
 template <typename F>
 struct Chunk {
     static constexpr int L = kLanes<F>;
     const LinearProblem& p;
-    const int64_t C, K, V;  // capacity in rows, channels, value columns of the task
-    const int64_t Kp, Vp;  // in whole registers
+    const int64_t C, K, Kp;  // capacity in rows; channels, and in whole registers
     const bool channel, scalar, gated, delta;
-    int64_t n, m;
+    int64_t V = 0, Vp = 0;  // value columns of the task, and in whole registers
+    int64_t n = 0, m = 0;
     Ahead ahead;
 
     F* x;  // [2m][Kp] readers: q, then k
@@ -180,29 +192,26 @@ struct Chunk {
     F* M;  // [2m][C] products, decayed; the half of k is negative, its diagonal 0
     F* sums;  // [C] and partial sums of products
 
-    static int64_t chunk_bytes(const LinearProblem& p, int64_t V) {
-        const int64_t C = p.chunk, Kp = round_up(p.K, L), Vp = round_up(V, L);
+    static int64_t bytes(const LinearProblem& p) {
+        const int64_t C = p.chunk, Kp = round_up(p.K, L), Vp = round_up(p.columns, L);
         return int64_t(sizeof(F)) * (C * (Kp * 9 + Vp * 2 + 3 * C + 16) + 3 * Kp + 4096);
     }
 
-    Chunk(const LinearProblem& problem, int64_t columns, Arena& arena)
+    Chunk(const LinearProblem& problem, Arena& arena)
         : p(problem),
           C(problem.chunk),
           K(problem.K),
-          V(columns),
           Kp(round_up(problem.K, L)),
-          Vp(round_up(columns, L)),
           channel(problem.decays == Decay::channel),
           scalar(problem.decays == Decay::scalar || problem.decays == Decay::constant),
           gated(problem.decays != Decay::none),
-          delta(problem.beta != nullptr),
-          n(0),
-          m(0) {
+          delta(problem.beta != nullptr) {
+        const int64_t width = round_up(p.columns, L);
         x = arena.take<F>(2 * C * Kp);
         xr = gated ? arena.take<F>(2 * C * Kp) : x;
         kw = gated ? arena.take<F>(C * Kp) : nullptr;
-        u = arena.take<F>(C * Vp);
-        w = delta ? arena.take<F>(C * Vp) : nullptr;
+        u = arena.take<F>(C * width);
+        w = delta ? arena.take<F>(C * width) : nullptr;
         beta = arena.take<F>(C);
         inverse = arena.take<F>(2 * C);
         gate = arena.take<F>(channel ? C * Kp : C);
@@ -243,12 +252,14 @@ struct Chunk {
     // Tokens t .. t + count of a sequence: rows, gates, and the rows that meet the state. Without q if only
     // the state is to advance.
     template <typename E>
-    void read(const Sequence& s, int64_t t, int64_t count, int64_t h, int64_t column, bool with_q) {
+    void read(const LinearTask& own, int64_t t, int64_t count, bool with_q) {
+        const Sequence& s = p.sequences[own.sequence];
+        const int64_t row = s.t.begin + t, h = own.h, hk = h / (p.H / p.Hk);
         n = count, m = round_up(count, kSub);
-        const int64_t row = s.t.begin + t, hk = h / (p.H / p.Hk);
+        V = own.columns, Vp = round_up(V, L);
         if (with_q) load<E>(p.q, s.b, row, hk, 0, K, q(), Kp);
         load<E>(p.k, s.b, row, hk, 0, K, k(), Kp);
-        load<E>(p.v, s.b, row, h, column, V, delta ? w : u, Vp);
+        load<E>(p.v, s.b, row, h, own.column, V, delta ? w : u, Vp);
         if (p.l2norm) {
             if (with_q) normalize_rows(q(), inverse);
             normalize_rows(k(), inverse + m);
@@ -264,16 +275,18 @@ struct Chunk {
             read_scalar_gates(s.b, row, h, readers);
     }
 
-    // The chunk that `read` will be asked for next.
+    // The chunk that `read` will be asked for next: none if t is outside the sequence.
     template <typename E>
-    void expect(const Sequence& s, int64_t t, int64_t count, int64_t h, int64_t column, bool with_q) {
+    void expect(const LinearTask& own, int64_t t, bool with_q) {
+        const Sequence& s = p.sequences[own.sequence];
+        const int64_t left = s.t.size() - t;
         ahead = Ahead{};
-        if (count <= 0) return;
-        const int64_t row = s.t.begin + t, hk = h / (p.H / p.Hk);
+        if (t < 0 || left <= 0) return;
+        const int64_t row = s.t.begin + t, hk = own.h / (p.H / p.Hk);
         if (with_q) ahead.add<E>(p.q, s.b, row, hk, 0, K, false);
         ahead.add<E>(p.k, s.b, row, hk, 0, K, false);
-        ahead.add<E>(p.v, s.b, row, h, column, V, false);
-        ahead.end = count;
+        ahead.add<E>(p.v, s.b, row, own.h, own.column, own.columns, false);
+        ahead.end = left < C ? left : C;
     }
 
     void read_scalar_gates(int64_t b, int64_t t, int64_t h, Readers readers) {
@@ -387,18 +400,6 @@ template <typename F>
 const F* shifted(const void* p, int64_t n) {
     return p == nullptr ? nullptr : static_cast<const F*>(p) + n;
 }
-
-// Which sequence, head and value columns a task has.
-struct LinearTask {
-    int64_t sequence, h, part, column, columns;
-
-    LinearTask(const LinearProblem& p, int64_t task) {
-        const int64_t parts = p.parts();
-        sequence = task / (p.H * parts), h = task / parts % p.H, part = task % parts;
-        column = part * p.columns;
-        columns = p.V - column < p.columns ? p.V - column : p.columns;
-    }
-};
 
 #include "channels.inl"
 //

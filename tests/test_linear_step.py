@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import (
     DTYPES,
-    ROWS,
     TIERS,
     VARIANT_IDS,
     VARIANTS,
@@ -177,7 +176,7 @@ def test_nothing_to_do(sizes, backend):
 
 
 @needs_native
-@every_variant
+@pytest.mark.parametrize(("row", "normalize"), [("gla", True), ("gated delta", False)])
 def test_opcheck(row, normalize):
     tensors, _ = make(row, T=2, H=4, Hk=2, K=16, V=8, states=True, normalize=normalize)
     tensors = rounded(tensors, torch.float32)
@@ -186,7 +185,7 @@ def test_opcheck(row, normalize):
 
 
 @needs_native
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ["linear", "retention", "kda"])
 def test_compile_fullgraph(row):
     tensors, _ = make(row, T=1, K=16, V=16, states=True)
     tensors = rounded(tensors, torch.float32)
@@ -267,7 +266,7 @@ BAD = {
         {"state": learned(1, 4, 16, 12)}, ValueError, "state is .*no_grad",
     ),
     "a gradient of the normaliser": (
-        {"normalize": True, "state": (PAIR[0], learned(1, 4, 16))}, ValueError, "no_grad",
+        {"normalize": True, "state": (PAIR[0].clone(), learned(1, 4, 16))}, ValueError, "no_grad",
     ),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
 }  # fmt: skip

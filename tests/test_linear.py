@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from linear_cases import (
     DELTA,
@@ -190,9 +190,10 @@ def test_across_kept_states(packed, row, normalize, dtype, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("row", ["linear", "kda"])
 def test_large_states(row):
-    """So large a state that every second chunk keeps one."""
-    assert function.segment_length(256, 128) == 128
-    check(row, torch.float32, NATIVE, T=260, H=1, K=256, V=128)
+    """So large a state that the forward keeps one as often as it ever does."""
+    segment = function.segment_length(256, 128)
+    assert segment == function.segment_length(256, 256)
+    check(row, torch.float32, NATIVE, T=2 * segment + 5, H=1, K=256, V=128)
 
 
 @needs_native
@@ -231,6 +232,8 @@ def test_extreme_betas_and_keys_of_zero(case, row, dtype):
 @settings(max_examples=80)
 def test_any_shape(variant, lengths, packed, Hk, group, K, V, states, l2norm, decay, dtype, seed):
     row, normalize = variant
+    # One channel of norm 1 is a sign: its gradient is what is left where everything cancels.
+    assume(not (l2norm and K == 1))
     offsets = (0, *itertools.accumulate(lengths))
     sizes = {"T": offsets[-1], "H": Hk * group, "Hk": Hk, "K": K, "V": V}
     options = {"normalize": normalize, "l2norm_qk": l2norm, "packed": offsets if packed else None}

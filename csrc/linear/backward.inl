@@ -14,8 +14,11 @@
 // output is rounded to E.
 //
 // Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.
-// Inside the chunk that is done as it stands, without the diagonal, which no gate scales; what crosses the
-// chunk's edges is summed so that nothing cancels: reads from t on, writes before t, and <dS, e^{G_C} S>.
+// The diagonal is left out: no gate scales it. What crosses the chunk's edges is summed so that nothing cancels:
+// reads from t on, writes before t, and <dS, e^{G_C} S>; with one gate a head also what stays inside (`finish`):
+// the gradient of a constant gate sums over all tokens, and an error that they share would be T times as large.
+
+constexpr int64_t kMostRows = 64;  // of a chunk
 
 template <typename F>
 struct Backward {
@@ -26,7 +29,7 @@ struct Backward {
     const int64_t together;  // tasks that walk together
 
     F *gradients, *dzs, *dS, *dz, *states, *ws, *zs;
-    F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *st, *product, *dg, *den, *rows, *carry;
+    F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *st, *product, *dg, *den, *crossing, *inside, *carry;
 
     static int64_t bytes(const LinearProblem& p) {
         const int64_t C = p.chunk, Kp = round_up(p.K, L), W = round_up(p.columns, L), held = p.segment / C;
@@ -56,13 +59,14 @@ struct Backward {
         const bool channel = p.decays == Decay::channel;  // else shares from the state are scaled in place
         dx = channel ? arena.take<F>(2 * C * Kp) : dxr;
         dk = channel ? arena.take<F>(C * Kp) : dkw;
+        dg = channel ? arena.take<F>(C * Kp) : nullptr;
         du = arena.take<F>(C * width);
         ut = arena.take<F>(width * C);
         st = arena.take<F>(width * Kp);
         product = arena.take<F>(C * Kp);
-        dg = arena.take<F>(p.decays == Decay::channel ? C * Kp : C);
         den = arena.take<F>(C);
-        rows = arena.take<F>(4 * C);
+        crossing = arena.take<F>(C);
+        inside = arena.take<F>(C);
         carry = arena.take<F>(2 * Kp);
     }
 
@@ -76,7 +80,7 @@ struct Backward {
             use(i);
             load_state<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, dS);
             load_state<F>(own.part == 0 ? shifted<F>(g.dz, head * K) : nullptr, 1, K, K, dz);
-            if (p.decays == Decay::constant) static_cast<F*>(g.ddecay)[head * parts + own.part] = 0;
+            if (p.decays == Decay::constant) static_cast<double*>(g.ddecay)[head * parts + own.part] = 0;
         }
         F* const w = chunk.w;
         for (int64_t t0 = T == 0 ? -1 : (T - 1) / p.segment * p.segment; t0 >= 0; t0 -= p.segment)
@@ -212,9 +216,8 @@ struct Backward {
         if (z) normalizer_gradient(chunk, z);
 
         // gates' shares inside the chunk, dM of the undecayed products
-        fill_zero(rows, 4 * C);
-        for (int half = 0; half < readers.last; ++half)
-            for (int64_t i = 0; i < m; ++i) finish(chunk, i, half);
+        fill_zero(crossing, m);
+        for (int64_t i = m - 1; i >= 0; --i) finish(chunk, i, readers.last);
         chunk.ahead.fetch(6);
         if (chunk.channel) {
             fill_zero(dx, both * Kp);
@@ -283,26 +286,29 @@ struct Backward {
         }
     }
 
-    // Row i of dM: masked and, with one gate a head, its share of the gates' gradient taken (rows[0..C) by
-    // readers, rows[C..2C) by keys) and decayed.
-    SLM_INLINE void finish(const Chunk<F>& chunk, int64_t i, int half) {
+    // Row i of dM: masked and, with one gate a head, decayed, after its share of the gates' gradient is taken. Rows
+    // come from the last to the first: `crossing` sums over the rows so far the products with key j (lanes), so
+    // that those with j < i are the pairs whose decay has gate i in it. Nothing cancels.
+    SLM_INLINE void finish(const Chunk<F>& chunk, int64_t i, int halves) {
         const int64_t end = (i / kSub + 1) * kSub;
-        F* row = dM + (half * chunk.m + i) * C;
-        const F* product_row = chunk.M + (half * chunk.m + i) * C;
-        Vec<F> read{};
+        Vec<F> share{};
         for (int64_t j = chunk.scalar ? 0 : end - kSub; j < end; j += L) {
             const Vec<F> lane = lane_numbers<F>(j);
-            Vec<F> x = loadu<F>(row + j);
-            if (chunk.scalar) {
-                Vec<F> share = select<F>(lane < F(i), x * loadu<F>(product_row + j), Vec<F>{});
-                share = half ? -share : share;
-                read += share;
-                storeu<F>(rows + C + j, loadu<F>(rows + C + j) + share);
-                x *= loadu<F>(chunk.between + i * C + j);
+            Vec<F> sum = loadu<F>(crossing + j);
+            for (int half = 0; half < halves; ++half) {
+                const int64_t at = (half * chunk.m + i) * C + j;
+                Vec<F> x = loadu<F>(dM + at);
+                if (chunk.scalar) {
+                    const Vec<F> pair = select<F>(lane < F(i), x * loadu<F>(chunk.M + at), Vec<F>{});
+                    sum = half ? sum - pair : sum + pair;
+                    x *= loadu<F>(chunk.between + i * C + j);
+                }
+                storeu<F>(dM + at, select<F>(lane < F(half ? i : i + 1), x, Vec<F>{}));
             }
-            storeu<F>(row + j, select<F>(lane < F(half ? i : i + 1), x, Vec<F>{}));
+            storeu<F>(crossing + j, sum);
+            share += select<F>(lane < F(i), sum, Vec<F>{});
         }
-        if (chunk.scalar) rows[i] += reduce_add<F>(read);
+        if (chunk.scalar) inside[i] = reduce_add<F>(share);
     }
 
     void gate_gradient(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t row, const F* state,
@@ -314,27 +320,29 @@ struct Backward {
         multiply(carry, carry, chunk.total, Kp);
         const int64_t parts = p.parts();
         if (!chunk.channel) {
-            F sum = 0;
-            for (int64_t d = 0; d < Kp; ++d) sum += carry[d];
+            // In double: an error of these sums would be the same for all tokens after or before, and add up in
+            // the gradient of a constant gate.
+            double sum = 0, shares[kMostRows];
+            for (int64_t d = 0; d < Kp; ++d) sum += double(carry[d]);
             for (int64_t i = 0; i < m; ++i) {  // writes before i
-                dg[i] = sum;
-                sum += dot(chunk.kw + i * Kp, dkw + i * Kp, Kp);
+                shares[i] = sum;
+                sum += double(dot(chunk.kw + i * Kp, dkw + i * Kp, Kp));
             }
             sum = 0;
             for (int64_t i = m - 1; i >= 0; --i) {
-                F read = rows[i] - rows[C + i];
+                shares[i] += double(inside[i]);
                 for (int64_t half = 0; half < halves; ++half)
-                    read += dot(chunk.xr + (half * m + i) * Kp, dxr + (half * m + i) * Kp, Kp);
-                sum += read;
-                dg[i] += sum;
+                    sum += double(dot(chunk.xr + (half * m + i) * Kp, dxr + (half * m + i) * Kp, Kp));
+                shares[i] += sum;
             }
-            F* to = static_cast<F*>(g.ddecay);
-            if (p.decays == Decay::constant) {
-                F& total = to[(own.sequence * p.H + own.h) * parts + own.part];
-                for (int64_t i = 0; i < chunk.n; ++i) total += dg[i];
+            if (p.decays == Decay::constant) {  // one sum over the whole sequence
+                double& total =
+                    static_cast<double*>(g.ddecay)[(own.sequence * p.H + own.h) * parts + own.part];
+                for (int64_t i = 0; i < chunk.n; ++i) total += shares[i];
             } else {
+                F* to = static_cast<F*>(g.ddecay);
                 for (int64_t i = 0; i < chunk.n; ++i)
-                    to[((s.b * p.T + row + i) * p.H + own.h) * parts + own.part] = dg[i];
+                    to[((s.b * p.T + row + i) * p.H + own.h) * parts + own.part] = F(shares[i]);
             }
             return;
         }

@@ -100,6 +100,7 @@ Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
     check_tokens(q, k, v);
     STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite");
     STD_TORCH_CHECK(!(normalize && beta.has_value()), "normalize must be False with beta");
+    STD_TORCH_CHECK(normalize || !z.has_value(), "initial_normalizer needs normalize");
     STD_TORCH_CHECK(segment >= 0 && segment % 64 == 0, "segment must be a multiple of 64, or 0");
     Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), {}, {}, {}, {}, {}, {}, q.size(0)};
     slm::LinearProblem& p = in.problem;
@@ -203,8 +204,8 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     const bool gated = p.decays != Decay::none, channel = p.decays == Decay::channel;
     const bool constant = p.decays == Decay::constant;
     const int64_t gates = channel ? p.K : 1;
-    const Tensor ddecays =
-        constant ? empty(true, {N, p.H, parts}) : empty(gated, {B, p.T, p.H, parts, gates});
+    const Tensor ddecays = constant ? torch::stable::new_empty(q, {N, p.H, parts}, ScalarType::Double)
+                                    : empty(gated, {B, p.T, p.H, parts, gates});
     const Tensor dbetas = empty(beta.has_value(), {B, p.T, p.H, parts});
     const Tensor dstate0 = empty(initial_state.has_value(), {N, p.H, p.K, p.V});
     const Tensor dz0s = empty(initial_normalizer.has_value(), {N, p.H, parts, p.K});
@@ -221,17 +222,16 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     Tensor ddecay = empty(false, {}), dbeta = empty(false, {}), dz0 = empty(false, {});
     if (constant) {
         ddecay = empty(true, {p.H});
-        const auto total = [&](auto* to, const auto* from) {  // in the order of the sequences
-            for (int64_t h = 0; h < p.H; ++h) {
-                to[h] = 0;
-                for (int64_t n = 0; n < N; ++n)
-                    for (int64_t part = 0; part < parts; ++part) to[h] += from[(n * p.H + h) * parts + part];
-            }
-        };
-        if (p.dtype == Dtype::f64)
-            total(static_cast<double*>(ddecay.data_ptr()), static_cast<const double*>(ddecays.data_ptr()));
-        else
-            total(static_cast<float*>(ddecay.data_ptr()), static_cast<const float*>(ddecays.data_ptr()));
+        const double* from = static_cast<const double*>(ddecays.data_ptr());
+        for (int64_t h = 0; h < p.H; ++h) {
+            double sum = 0;  // in the order of the sequences
+            for (int64_t n = 0; n < N; ++n)
+                for (int64_t part = 0; part < parts; ++part) sum += from[(n * p.H + h) * parts + part];
+            if (p.dtype == Dtype::f64)
+                static_cast<double*>(ddecay.data_ptr())[h] = sum;
+            else
+                static_cast<float*>(ddecay.data_ptr())[h] = float(sum);
+        }
     } else if (gated) {
         ddecay = channel ? empty(true, {B, p.T, p.H, p.K}) : empty(true, {B, p.T, p.H});
         sum_parts(ddecays, ddecay, B * p.T * p.H, parts, gates);

@@ -53,7 +53,7 @@ struct LinearGradient {
     const void *dstate, *dz;  // of the final state and z, or null
     void *dq, *dk;  // in the tensors' dtype if there is one summand, else float (f64: double)
     bool summed;  // more than one
-    void *ddecay, *dbeta;  // ddecay of constant decays: [N, H, parts]
+    void *ddecay, *dbeta;  // ddecay of constant decays: double [N, H, parts]
     void *dstate0, *dz0;  // dz0 [N, H, parts, K]
 };
 

@@ -67,11 +67,12 @@ def check_gates(decay, beta, q: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor 
     B, T, _, K, H, _ = sizes
     dtype = torch.promote_types(q.dtype, torch.float32)
     if decay is not None:
-        shapes = ((H,), (B, T, H), (B, T, H, K))
+        shapes = {1: (H,), 3: (B, T, H), 4: (B, T, H, K)}
         if not isinstance(decay, Tensor) or not decay.is_floating_point():
             fail("decay", decay, "a floating-point tensor [H], [B, T, H] or [B, T, H, K]", TypeError)
-        if decay.shape not in shapes or decay.device != q.device:
-            fail("decay", decay, f"one of the shapes {', '.join(map(str, map(list, shapes)))} on {q.device}")
+        if decay.ndim not in shapes or decay.shape != shapes[decay.ndim] or decay.device != q.device:
+            expected = ", ".join(str(list(shape)) for shape in shapes.values())
+            fail("decay", decay, f"one of the shapes {expected} on {q.device}")
         visible = not torch.compiler.is_compiling() and not isinstance(decay, FakeTensor)
         if visible and decay.device.type == "cpu" and decay.numel():
             largest = decay.detach().amax().item()

@@ -45,7 +45,8 @@ def prepare(
         if part is not None and (part.dtype != dtype or not part.is_contiguous()):
             fail("state", part, f"contiguous, {dtype}: it is updated in place")
     if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta), ("state", parts[0])):
+        named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta, "state": parts[0]}
+        for name, x in (*named.items(), ("state", parts[1])):
             if x is not None and x.requires_grad:
                 fail(name, x, "no gradient: decode under torch.no_grad() or torch.inference_mode()")
     scale = sizes[3] ** -0.5 if scale is None else check_number("scale", scale)

@@ -1,4 +1,4 @@
-"""Short depthwise causal convolution, the definition: a weighted sum of the last W tokens, channel by channel.
+"""Short depthwise causal convolution, the definition: each channel a weighted sum of its last W tokens.
 
 Differentiable by autograd and exact in float64; every kernel is checked against this file.
 Letters: B batch, T tokens, C channels, W taps, N sequences (B, or those packed along T).

@@ -57,8 +57,8 @@ def causal_conv1d_step(
 
     Args:
         x: the new tokens `[B, n, C]`, in the state's dtype.
-        state: `[B, W-1, C]`, the tokens before them, the oldest first; updated in place. Zeros at the start, or
-            what `causal_conv1d(return_state=True)` gave. Strides are free but the last.
+        state: `[B, W-1, C]`, the tokens before them, the oldest first; updated in place. Zeros at the start,
+            or what `causal_conv1d(return_state=True)` gave. Strides are free but the last.
         weight, bias, activation, backend: as in `causal_conv1d`.
 
     Returns:

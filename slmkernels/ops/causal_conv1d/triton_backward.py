@@ -5,8 +5,8 @@
     d(weight[w]) = sum_t dz_t e_{t+w}      d(bias) = sum_t dz_t
 
 Layout and the grid over packed sequences as in triton_forward.py, with W-1 rows more a sequence: a tile is
-BLOCK_T rows u of de. d(weight) and d(bias) of a tile go to [tiles, W+1, C] in float32, which the launcher sums
-in fixed order: no atomics, the same bits from run to run.
+BLOCK_T rows u of de. d(weight) and d(bias) of a tile go to [tiles, W+1, C] in float32, which the launcher
+sums in fixed order: no atomics, the same bits from run to run.
 
 A tile needs dz at W shifts and computes it W times over, W (W+1) loads an element that all but hit L1, and W
 sigmoids: with silu and W = 4 some 80 instructions an element, at float16 on an H100 about 1.5 times what the

@@ -6,9 +6,9 @@ y = z or z / (1 + exp(-z)). Accumulated in float32.
 Layout: x [B, T, C] with any strides but the last, which is 1; weight [C, W] and states [N, W-1, C]
 contiguous. What multiplies a stride is int64.
 
-Split: a program has BLOCK_T tokens of one sequence by BLOCK_C channels, and loads the W shifted tiles that its
-sum needs; all but the first come from L1, so device memory sees each token once, plus W-1 of BLOCK_T at the
-tile's edge. The program of a sequence's first tile also writes its last state: one launch in all.
+Split: a program has BLOCK_T tokens of one sequence by BLOCK_C channels, and loads the W shifted tiles that
+its sum needs; all but the first come from L1, so device memory sees each token once, plus W-1 of BLOCK_T at
+the tile's edge. The program of a sequence's first tile also writes its last state: one launch in all.
 
 Packed sequences: each sequence is lengthened by EXTRA rows (0 forward, W-1 backward); tile t belongs to the
 sequence n with begin[n] // BLOCK + n <= t < the same of n+1. Those ranges rise strictly, so every sequence,
@@ -24,17 +24,18 @@ def locate(tile, cu, T, N, EXTRA: tl.constexpr, BLOCK: tl.constexpr):
     """Tile of the grid -> its sequence, first row in it, the sequence's first token and number of tokens."""
     if cu is None:
         tiles = tl.maximum(tl.cdiv(T + EXTRA, BLOCK), 1)
-        n = tile // tiles
-        return n, (tile % tiles) * BLOCK, (n * 0).to(tl.int64), T
-    low, high = tile * 0, tile * 0 + N
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = (tl.load(cu + middle) + middle * EXTRA) // BLOCK + middle <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    start = tl.load(cu + low)
-    first = (tile - ((start + low * EXTRA) // BLOCK + low)) * BLOCK
-    return low, first, start.to(tl.int64), tl.load(cu + low + 1) - start
+        n, first, start, length = tile // tiles, (tile % tiles) * BLOCK, tile * 0, T
+    else:
+        n, high = tile * 0, tile * 0 + N
+        while high - n > 1:
+            middle = (n + high) // 2
+            before = (tl.load(cu + middle) + middle * EXTRA) // BLOCK + middle <= tile
+            n = tl.where(before, middle, n)
+            high = tl.where(before, high, middle)
+        start = tl.load(cu + n)
+        first = (tile - ((start + n * EXTRA) // BLOCK + n)) * BLOCK
+        length = tl.load(cu + n + 1) - start
+    return n, first, start.to(tl.int64), length
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def step_kernel(
     x += b * x_b
     state += b * s_b
     y += b * n * C
-    for t in range(0, n):
+    for t in range(n):
         z = tl.zeros([1, BLOCK_C], tl.float32)
         if bias is not None:
             z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)

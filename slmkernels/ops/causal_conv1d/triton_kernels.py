@@ -37,7 +37,7 @@ def config(C: int) -> dict[str, int]:
     One tile for a shape: the bits of d(weight) then depend on nothing measured.
     """
     block_c = min(128, max(16, triton.next_power_of_2(C)))
-    return {"BLOCK_T": 32, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_T": 16, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
 
 
 def step_config(C: int, W: int) -> dict[str, int]:

@@ -36,7 +36,7 @@ NUMBERS = LENGTHS | {"x_b", "x_t", "dy_b", "dy_t", "s_b", "s_t", "C"}
 def compile_kernel(kind, arch, dtype, *, C=1024, W=4, packed=False, full=True) -> dict[str, int]:
     """Compile one kernel as its launcher would -> registers a thread, spilled bytes."""
     kernel = KERNELS[kind]
-    tile = triton_kernels.step_config(C, W) if kind == "step" else triton_kernels.config(C)
+    tile = triton_kernels.step_config(C, W) if kind == "step" else triton_kernels.config(kind, C, W)
     options = {name: value for name, value in tile.items() if name.startswith("num_")}
     constants = {"W": W, "SILU": True, **tile}
     if not packed:
@@ -73,7 +73,7 @@ def compile_kernel(kind, arch, dtype, *, C=1024, W=4, packed=False, full=True) -
 def test_default_tiles(kind, arch):
     result = compile_kernel(kind, arch, torch.bfloat16, packed=kind != "step")
     assert result["spills"] == 0, result
-    assert result["registers"] <= 128, result  # at least 4 programs of 128 threads a processor
+    assert result["registers"] <= 168, result  # three programs of 128 threads a processor at least
 
 
 @pytest.mark.parametrize("kind", KERNELS)

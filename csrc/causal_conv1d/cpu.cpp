@@ -60,6 +60,9 @@ bool wide(const Tensor& x, const Problem& p, const char* name) {
     return exact;
 }
 
+// A call through the dispatcher costs a microsecond, a decode step a few.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // Everything a call reads, alive as long as the problem that points into it. Not to be moved.
 struct Inputs {
     Tensor x, weight;
@@ -71,7 +74,7 @@ struct Inputs {
 
     Inputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_, const Optional& initial_,
            bool silu)
-        : x(dense_rows(x_)), weight(torch::stable::contiguous(weight_)) {
+        : x(dense_rows(x_)), weight(dense(weight_)) {
         Problem& p = problem;
         STD_TORCH_CHECK(x.dim() == 3, "x must be [B, T, C]");
         const ScalarType type = x.scalar_type();
@@ -90,7 +93,7 @@ struct Inputs {
         parameters = {weight.data_ptr(), nullptr, wide(weight, p, "weight"), false};
         if (bias_.has_value()) {
             STD_TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == p.C, "bias must be [C] with C = ", p.C);
-            bias = torch::stable::contiguous(*bias_);
+            bias = dense(*bias_);
             parameters.bias = bias->data_ptr(), parameters.bias_wide = wide(*bias, p, "bias");
         }
         p.initial = kAbsent;

@@ -438,9 +438,18 @@ void backward_tasks(const Gradient& g, int64_t begin, int64_t end) {
 
 // ---- parameters
 
-template <typename F, typename E>
-SLM_INLINE F element(const void* data, int64_t i, bool wide) {
-    return wide ? static_cast<const F*>(data)[i] : widen<F>(static_cast<const E*>(data)[i]);
+// Rows of weight [C, W] and bias [C] -> for each register of channels its W taps and its bias.
+template <typename F, typename X>
+void pack_weight(const X* weight, int64_t C, int64_t W, F* taps) {
+    constexpr int L = kLanes<F>;
+    for (int64_t c = 0; c < C; ++c)
+        for (int64_t w = 0; w < W; ++w) taps[(c / L * (W + 1) + w) * L + c % L] = widen<F>(weight[c * W + w]);
+}
+
+template <typename F, typename X>
+void pack_bias(const X* bias, int64_t C, int64_t W, F* taps) {
+    constexpr int L = kLanes<F>;
+    for (int64_t c = 0; c < C; ++c) taps[(c / L * (W + 1) + W) * L + c % L] = widen<F>(bias[c]);
 }
 
 template <typename F, typename E>
@@ -455,15 +464,18 @@ template <typename F, typename E, typename P>
 void pack_taps(const Problem& p, const Parameters& from, void* to) {
     constexpr int L = kLanes<F>;
     F* taps = static_cast<F*>(to);
-    for (int64_t c = 0; c < p.C; c += L, taps += (p.W + 1) * L) {
-        const int64_t n = p.C - c < L ? p.C - c : L;
-        if (n < L) __builtin_memset(taps, 0, size_t((p.W + 1) * L) * sizeof(F));
-        for (int64_t w = 0; w < p.W; ++w)
-            for (int64_t l = 0; l < n; ++l)
-                taps[w * L + l] = element<F, E>(from.weight, (c + l) * p.W + w, from.weight_wide);
-        for (int64_t l = 0; l < n; ++l)
-            taps[p.W * L + l] = from.bias ? element<F, E>(from.bias, c + l, from.bias_wide) : F(0);
-    }
+    const int64_t registers = (p.C + L - 1) / L, row = (p.W + 1) * L;
+    for (int64_t v = from.bias ? p.C / L : 0; v < registers; ++v)  // no bias, or lanes past the last channel
+        __builtin_memset(taps + v * row, 0, size_t(row) * sizeof(F));
+    if (from.weight_wide)
+        pack_weight<F>(static_cast<const F*>(from.weight), p.C, p.W, taps);
+    else
+        pack_weight<F>(static_cast<const E*>(from.weight), p.C, p.W, taps);
+    if (from.bias == nullptr) return;
+    if (from.bias_wide)
+        pack_bias<F>(static_cast<const F*>(from.bias), p.C, p.W, taps);
+    else
+        pack_bias<F>(static_cast<const E*>(from.bias), p.C, p.W, taps);
 }
 
 template <typename F, typename E, typename P>

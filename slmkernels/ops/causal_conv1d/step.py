@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import native
 from ...autocast import autocasts, without_autocast
 from ...dispatch import Operation, register
-from ...validation import check_float_tensor, fail
+from ...validation import FLOATS, check_float_tensor, fail
 from . import reference
 from .function import SUPPORTS, check_activation, check_parameters, check_state
 
@@ -23,17 +23,37 @@ class StepCall(NamedTuple):
     silu: bool
 
 
+def fits(x, state, weight, bias) -> bool:
+    """Whether these are dense tensors of one dtype and of fitting sizes: nearly every step, found quickly."""
+    if not (type(x) is type(state) is Tensor and isinstance(weight, Tensor)):
+        return False
+    dtype, shape, taps, device = x.dtype, x.shape, weight.shape, x.device
+    if dtype not in FLOATS or len(shape) != 3 or len(taps) != 2 or taps[1] < 1:
+        return False
+    if not (x.layout is state.layout is weight.layout is torch.strided):
+        return False
+    if state.dtype != dtype or weight.dtype != dtype or state.device != device or weight.device != device:
+        return False
+    B, _, C = shape
+    if state.shape != (B, taps[1] - 1, C) or taps[0] != C or not state.is_contiguous():
+        return False
+    if bias is None:
+        return True
+    return isinstance(bias, Tensor) and bias.dtype == dtype and bias.shape == (C,) and bias.device == device
+
+
 def prepare(x, state, weight, bias=None, *, activation=None, backend=None) -> StepCall:
     """Check the public arguments; the errors a user sees come from here."""
     silu = check_activation(activation)
-    check_float_tensor("x", x, 3, "[B, n, C]")
-    check_float_tensor("state", state, 3, "[B, W-1, C]")
-    if autocasts(x):  # the state says what is computed in
-        x = x.to(state.dtype)
-    check_parameters(x, weight, bias)
-    check_state("state", state, x, weight, x.shape[0])
-    if state.stride(2) != 1 and state.shape[2] > 1:
-        fail("state", state, f"a stride of 1, not {state.stride(2)}, along C: it is updated in place")
+    if not fits(x, state, weight, bias):
+        check_float_tensor("x", x, 3, "[B, n, C]")
+        check_float_tensor("state", state, 3, "[B, W-1, C]")
+        if autocasts(x):  # the state says what is computed in
+            x = x.to(state.dtype)
+        check_parameters(x, weight, bias)
+        check_state("state", state, x, weight, x.shape[0])
+        if state.stride(2) != 1 and state.shape[2] > 1:
+            fail("state", state, f"a stride of 1, not {state.stride(2)}, along C: it is updated in place")
     if torch.is_grad_enabled():
         for name, tensor in (("x", x), ("state", state), ("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:

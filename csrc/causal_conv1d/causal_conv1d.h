@@ -43,7 +43,7 @@ struct Parameters {
     bool weight_wide, bias_wide;
 };
 
-// The decode step: x [B, n, C] behind state [B, W-1, C]. `initial` of the problem is the state.
+// The kernels of one tier; forward and backward work on tasks [begin, end) of their problem.
 struct Kernels {
     int lanes_f32, lanes_f64;
     void (*pack)(const Problem&, const Parameters&, void* taps);
@@ -51,7 +51,8 @@ struct Kernels {
     void (*backward)(const Gradient&, int64_t begin, int64_t end);
     // Sums over all blocks in their order -> d(weight), d(bias), for registers of channels [begin, end).
     void (*reduce)(const Gradient&, const Parameters&, int64_t begin, int64_t end);
-    void (*step)(const Problem&, int64_t begin, int64_t end);  // batch entries; leaves the state alone
+    void (*step)(const Problem&, int64_t begin,
+                 int64_t end);  // batch entries; `initial` is the state, only read
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;

@@ -20,15 +20,15 @@
 // registers, over a block in memory, and over the blocks, which follow from the shape, in their order: the
 // same bits for any number of threads.
 //
-// Predicted from copying the same tensor on one core of an AMD Zen 4 (0.08 ns an element in bfloat16, 0.22 in
-// float32) and some 20 instructions of 512 bits, a cycle each, a register for silu (0.4 ns an element): bound by
-// silu in cache, by memory in float32 beyond it. Measured, W = 4, ns an element, in cache (T = 4096, C = 256):
-// forward 0.16 and with silu 0.39, backward 0.32 and 0.75; bfloat16 0.14, 0.40, 0.26, 0.75. Of 16 MiB tensors
-// (C = 1024): forward 0.43 and 0.52, backward 0.74 and 1.08. The machine was shared; least of 40 runs. Tried:
-//   - e^-|z|, whose reciprocal is never small, and a division: forward 0.42, backward 0.88 with silu in cache;
-//     a reciprocal's estimate and a Newton step instead of the division alone: 0.43 and 0.86, no change; the
-//     exponent clamped on both sides instead of |z| and its selects: 0.39 and 0.75;
-//   - bands of 8 tokens: forward 0.54 against 0.47, backward 1.05 against 0.86 with silu in cache; not taken;
+// Counted for one core of an AMD Zen 4: copying the tensor costs 0.22 ns an element in float32, 0.08 in
+// bfloat16; silu some 20 instructions of 512 bits a register, a cycle each: 0.4. So silu binds, and memory
+// beside it beyond the cache. Measured, W = 4, ns an element, least of 40 runs on a shared machine, in cache
+// (T = 256, C = 512): forward 0.20, with silu 0.42, backward 0.42 and 0.75; bfloat16 0.17, 0.43, 0.35, 0.79.
+// Of 16 MiB float32 tensors (C = 1024): 0.43, 0.52, 0.74, 1.08. Tried, in cache with silu, float32:
+//   - e^-|z|, whose reciprocal is never small, and a division: forward 0.54, backward 0.95; a reciprocal's
+//     estimate and a Newton step instead of the division: 0.47 and 0.85; the exponent clamped on both sides
+//     instead of |z| and its selects: 0.42 and 0.75;
+//   - bands of 8 tokens: 0.54 against 0.47 and 1.05 against 0.85; not taken;
 //   - chunks of 256 and of 1024 channels instead of 512: within the noise.
 // Not tried: streaming stores of y (no change in sliding_window/forward.inl).
 
@@ -200,7 +200,7 @@ struct Extended {
     }
 };
 
-// What a task is: rows by channels.
+// What a task is: rows by channels, whose first is the first of a register.
 struct Piece {
     int64_t row, rows_end, c, width, block;
     Piece(const Problem& p, int64_t task) {
@@ -211,11 +211,6 @@ struct Piece {
         width = p.C - c < p.chunk ? p.C - c : p.chunk;
     }
 };
-
-template <typename F>
-SLM_INLINE int64_t taps_before(int64_t c, int64_t W) {  // c: a whole number of registers
-    return c * (W + 1);
-}
 
 template <typename F, typename E, typename P>
 void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
@@ -228,7 +223,7 @@ void forward_tasks(const Problem& p, int64_t begin, int64_t end) {
     E* out[kBand];
     for (int64_t task = begin; task < end; ++task) {
         Piece piece(p, task);
-        const F* taps = static_cast<const F*>(p.taps) + taps_before<F>(piece.c, p.W);
+        const F* taps = static_cast<const F*>(p.taps) + piece.c * (p.W + 1);
         for (int64_t n = find_span(p, piece.row); piece.row < piece.rows_end; ++n) {
             const Span& span = p.spans[n];
             const Extended<E> e{p, n, piece.c, zeros};
@@ -380,7 +375,7 @@ struct BackwardTask {
     void run(int64_t task) {
         Piece piece(p, task);
         const int64_t C = round_up(p.C, kLanes<F>);
-        F* sums = static_cast<F*>(g.sums) + piece.block * C * (p.W + 1) + taps_before<F>(piece.c, p.W);
+        F* sums = static_cast<F*>(g.sums) + piece.block * C * (p.W + 1) + piece.c * (p.W + 1);
         const int64_t size = round_up(piece.width, kLanes<F>) * (p.W + 1);
         __builtin_memset(sums, 0, size_t(size) * sizeof(F));
         for (int64_t n = find_span(p, piece.row); piece.row < piece.rows_end; ++n) {
@@ -402,7 +397,7 @@ struct BackwardTask {
     void tokens(const Piece& piece, int64_t n, int64_t t0, int64_t t1, F* sums) {
         const Span& span = p.spans[n];
         const Extended<E> e{p, n, piece.c, zeros};
-        const F* taps = static_cast<const F*>(p.taps) + taps_before<F>(piece.c, p.W);
+        const F* taps = static_cast<const F*>(p.taps) + piece.c * (p.W + 1);
         const int64_t T = span.size();
         BandRows<E> rows;
         rows.add = nullptr;

@@ -25,4 +25,11 @@ STABLE_TORCH_LIBRARY(slmkernels, m) {
     m.def(
         "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor(a!) state, "
         "Tensor(b!)? normalizer, float scale, bool l2norm_qk) -> Tensor");
+    m.def(
+        "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+        "Tensor? cu_seqlens, bool silu, bool return_state) -> (Tensor, Tensor)");
+    m.def(
+        "causal_conv1d_backward(Tensor dout, Tensor? dstate, Tensor x, Tensor weight, Tensor? bias, "
+        "Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu) -> Tensor");
 }

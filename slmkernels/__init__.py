@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .dispatch import Unsupported, explain, use_backend
 from .facts import info
+from .ops.causal_conv1d.function import causal_conv1d
+from .ops.causal_conv1d.step import causal_conv1d_step
 from .ops.linear.function import linear_attention
 from .ops.linear.step import linear_attention_step
 from .ops.sliding_window.function import sliding_window_attention
@@ -17,6 +19,8 @@ except PackageNotFoundError:  # run from a checkout that was not installed
 __all__ = [
     "RingCache",
     "Unsupported",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "explain",
     "info",
     "linear_attention",

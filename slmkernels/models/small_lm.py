@@ -40,7 +40,7 @@ class SmallLMConfig:
     dim: int = 128  # C
     num_layers: int = 4
     num_heads: int = 4
-    num_kv_heads: int = 2  # divides num_heads
+    num_kv_heads: int = 2  # divides num_heads; in L layers of mode gated_delta the heads of q and k
     hidden: int = 512  # N, of the SwiGLU
     pattern: str = "SSSF"  # one letter of MIXERS a layer, cycled over the layers
     window: int = 64  # keys a query of an S layer sees, itself included
@@ -73,9 +73,6 @@ class SmallLMConfig:
             expect(name in FEATURE_MAPS, "linear_feature_map", name, f"one of {', '.join(FEATURE_MAPS)}")
             hint = f"None with linear_mode {self.linear_mode!r}: feature maps are of mode 'linear'"
             expect(self.linear_mode == "linear", "linear_feature_map", name, hint)
-        if "L" in self.pattern and self.linear_mode == "retention":
-            hint = f"so that heads of dim {self.dim} are even, for retention's rotation"
-            expect(self.dim // self.num_heads % 2 == 0, "num_heads", self.num_heads, hint)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SmallLMConfig":
@@ -271,7 +268,7 @@ class SmallLM(nn.Module):
         if "F" in self.config.layers and T + max_new_tokens > limit:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} after a prompt of {T}; expected at most "
-                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S and L layers any)"
+                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S and L any)"
             )
         return self._stream(prompt, max_new_tokens, temperature, top_k, generator)
 

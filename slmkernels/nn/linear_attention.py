@@ -59,7 +59,7 @@ class LinearAttention(nn.Module):
 
     The last three follow the delta rule, with beta = sigmoid(x W). The decay is one number a head, in gla and
     kda one a channel of the keys. Retention's exponents e are 5, 6, 7..., from the ninth head on spread over
-    5 to 12. "conv" is a causal convolution of each channel over conv_size tokens; v passes it too. layernorm is
+    5 to 12. "conv" is a causal convolution of each channel over conv_size tokens, of v too. layernorm is
     of each head, RetNet's group norm. The feature map "identity" has products of any sign: there, and only
     there, mode linear has rmsnorm(o) in the normaliser's place.
 

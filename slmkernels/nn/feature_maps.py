@@ -147,7 +147,7 @@ class Taylor(Projected):
         y = self.project(x) * d**-0.25  # [B, T, H, d]
         i, j = torch.triu_indices(d, d, device=x.device)
         pairs = (y[..., :, None] * y[..., None, :]).flatten(-2)[..., i * d + j]  # no element twice
-        pairs = pairs * torch.where(i == j, 2**-0.5, 1.0).to(y.dtype)
+        pairs = pairs / (1 + (i == j)).to(y.dtype).sqrt()
         return torch.cat([torch.ones_like(y[..., :1]), y, pairs], dim=-1).to(x.dtype)
 
 

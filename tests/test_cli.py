@@ -129,10 +129,10 @@ def test_linear_attention_from_the_command_line(text, tmp_path, capsys, monkeypa
 
 
 def test_demo_of_linear_attention(tmp_path, capsys):
-    command = ["demo", "--steps", "1", "--out", str(tmp_path), "--pattern", "L", "--linear-mode", "delta"]
+    command = ["demo", "--steps", "1", "--out", str(tmp_path), "--pattern", "L", "--linear-mode", "linear"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "layers L-delta, learns Python" in out
+    assert "layers L-linear, learns Python" in out
     assert "bits per byte after 1 steps" in out
     assert "no PyTorch attention to compare with" in out
     assert "x ours" not in out

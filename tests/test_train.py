@@ -118,8 +118,8 @@ def test_bfloat16_autocast_learns(corpus):
     [
         {"pattern": "L"},
         {"pattern": "SL"},
-        {"pattern": "L", "linear_mode": "kda"},
-        {"pattern": "L", "linear_mode": "linear", "linear_feature_map": "taylor"},
+        {"pattern": "L", "linear_mode": "retention"},
+        {"pattern": "L", "linear_mode": "linear", "linear_feature_map": "hedgehog"},
     ],
     ids=lambda layers: "-".join(layers.values()),
 )

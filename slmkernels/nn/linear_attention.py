@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autocast import autocasts
+from ..autocast import autocasts, without_autocast
 from ..ops.causal_conv1d.function import causal_conv1d
 from ..ops.causal_conv1d.step import causal_conv1d_step
 from ..ops.linear.function import linear_attention
@@ -273,9 +273,10 @@ class LinearAttention(nn.Module):
         o = self._attend(q, k, v, cache, cu_seqlens=cu_seqlens, backend=backend, **options)
         o = self.norm(o)  # [B, T, H, V]
         if self.parts.gate == "silu":
-            o = o * F.silu(gate).view_as(o)
+            o = o * F.silu(gate).unflatten(-1, (self.num_heads, self.v_head_dim))
         elif self.parts.gate == "sigmoid":
-            o = o * self.gate_up(self.gate_down(x)).sigmoid().view_as(o)
+            gate = self.gate_up(self.gate_down(x)).sigmoid()
+            o = o * gate.unflatten(-1, (self.num_heads, self.v_head_dim))
         return self.out(o.flatten(2))  # [B, T, H * V] -> [B, T, C]
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,9 +293,8 @@ class LinearAttention(nn.Module):
         if kind == "fixed":
             return self.log_gamma
         if kind == "low_rank":
-            return (
-                F.logsigmoid(wide(self.decay_up(self.decay_down(x)))).unflatten(-1, heads) / GATE_TEMPERATURE
-            )
+            gate = wide(self.decay_up(self.decay_down(x))).unflatten(-1, heads)
+            return F.logsigmoid(gate) / GATE_TEMPERATURE
         A = wide(self.A_log).exp()
         if kind == "softplus":
             return -A * F.softplus(wide(rate) + wide(self.dt_bias))
@@ -303,13 +303,14 @@ class LinearAttention(nn.Module):
 
     def _convolve(self, qkv: Tensor, cache: LinearCache | None, cu_seqlens, backend) -> Tensor:
         options = {"activation": "silu", "backend": backend}
-        if cache is None:
-            return causal_conv1d(qkv, self.conv.to(qkv.dtype), cu_seqlens=cu_seqlens, **options)
-        qkv = qkv.to(cache.conv.dtype)  # under autocast the cache says what is computed in
+        qkv = qkv if cache is None else qkv.to(cache.conv.dtype)  # which differs under autocast only
         weight = self.conv.to(qkv.dtype)
-        if qkv.shape[1] == 1:
-            return causal_conv1d_step(qkv, cache.conv, weight, **options)
-        y, state = causal_conv1d(qkv, weight, initial_state=cache.conv, return_state=True, **options)
+        with without_autocast(qkv):
+            if cache is None:
+                return causal_conv1d(qkv, weight, cu_seqlens=cu_seqlens, **options)
+            if qkv.shape[1] == 1:
+                return causal_conv1d_step(qkv, cache.conv, weight, **options)
+            y, state = causal_conv1d(qkv, weight, initial_state=cache.conv, return_state=True, **options)
         cache.conv.copy_(state)
         return y
 

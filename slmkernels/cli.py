@@ -20,6 +20,8 @@ from .train import Interrupted, Settings, Trainer, TrainError, demo, load_corpus
 from .train import checkpoint as checkpoints
 from .train.data import decode_stream, encode
 
+DEMO_SETTINGS = ("steps", "pattern", "linear_mode", "linear_feature_map")  # that `demo` takes too
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line -> its exit code."""
@@ -68,15 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train a small language model on bytes of text")
     for field in dataclasses.fields(Settings):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if field.name == "data":
-            command.add_argument(flag, nargs="+", metavar="PATH", help=text)
-        else:
-            kind = field.metadata["type"]
-            default = "" if field.default is None else f" (default: {field.default})"
-            command.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text + default)
+        _add_setting(command, field)
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET-PATTERN)"
+        "--out", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET-LAYERS)"
     )
     command.add_argument(
         "--resume", action="store_true", help="go on from --out's checkpoint, with its settings"
@@ -107,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "demo", help="train for a minute, sample, plot and compare with PyTorch's attention"
     )
-    command.add_argument(
-        "--steps", type=int, default=300, metavar="INT", help="training steps (default: 300)"
-    )
+    for field in dataclasses.fields(Settings):
+        if field.name in DEMO_SETTINGS:
+            _add_setting(command, field)
     command.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"
     )
@@ -119,6 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="what is installed, and why something is not")
     command.set_defaults(run=lambda args: print(info()))
     return parser
+
+
+def _add_setting(command: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if field.name == "data":
+        command.add_argument(flag, nargs="+", metavar="PATH", help=text)
+        return
+    kind = field.metadata["type"]
+    default = "" if field.default is None else f" (default: {field.default})"
+    command.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text + default)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -151,7 +157,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.stop_at is not None and args.stop_at < 1:
         raise TrainError(f"--stop-at is {args.stop_at}; expected an int >= 1")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    out = args.out or Path("runs") / f"{args.preset or Settings.preset}-{args.pattern or Settings.pattern}"
+    out = args.out
+    if out is None:
+        asked = _settings(given, {})
+        out = Path("runs") / f"{asked.preset}-{asked.layers}"
     path = out / checkpoints.NAME
     settings = _settings(given, checkpoints.read(path)["settings"] if args.resume else {})
     if path.exists() and not args.resume:
@@ -160,7 +169,7 @@ def _train(args: argparse.Namespace) -> None:
     trainer = Trainer(settings, load_corpus(settings.data), device, args.checkpoint_activations)
     if args.resume:
         trainer.restore(path)
-    name = f"{settings.preset} {settings.pattern}, {trainer.model.num_parameters():,} parameters"
+    name = f"{settings.preset} {settings.layers}, {trainer.model.num_parameters():,} parameters"
     print(f"{name}; {len(trainer.corpus.train) / 1e6:.1f} MB of text; {out}", flush=True)
     valid = train(trainer, out, args.stop_at)
     print(f"held-out text: {valid['bpb']:.3f} bits per byte after {trainer.step} steps; all files in {out}")
@@ -184,5 +193,5 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    _settings({"steps": args.steps}, {})  # a wrong --steps ends here
-    demo.run(args.steps, args.out, _device(args.device))
+    settings = _settings({name: getattr(args, name) for name in DEMO_SETTINGS}, {})
+    demo.run(settings, args.out, _device(args.device))

@@ -111,11 +111,40 @@ def test_demo(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "loss.png").exists()
 
 
+def test_linear_attention_from_the_command_line(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = fast(text, "unused")
+    command = command[: command.index("--out")]
+    layers = ["--pattern", "L", "--linear-mode", "linear", "--linear-feature-map", "hedgehog"]
+    assert main([*command, *layers]) == 0
+    assert "1m L-linear-hedgehog, " in capsys.readouterr().out
+    out = Path("runs/1m-L-linear-hedgehog")
+    assert (out / "checkpoint.pt").exists()
+    assert main([*command, *layers, "--resume", "--steps", "5"]) == 0
+    assert main([*command, "--pattern", "SL", "--linear-mode", "gla"]) == 0
+    assert Path("runs/1m-SL-gla/checkpoint.pt").exists()
+    capsys.readouterr()
+    assert main(["generate", str(out), "--prompt", "x", "--max-new-tokens", "9", "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out) >= 2
+
+
+def test_demo_of_linear_attention(tmp_path, capsys):
+    command = ["demo", "--steps", "1", "--out", str(tmp_path), "--pattern", "L", "--linear-mode", "linear"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "layers L-linear, learns Python" in out
+    assert "bits per byte after 1 steps" in out
+    assert "no PyTorch attention to compare with" in out
+    assert "x ours" not in out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--preset", "7b"], "preset is '7b'"),
         (["--pattern", "SX"], "not 'X'"),
+        (["--linear-mode", "rnn"], "linear_mode is 'rnn'"),
+        (["--linear-feature-map", "elu"], "None with linear_mode 'gated_delta'"),
         (["--data", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["--data", "*.nothing"], "matches nothing"),
         (["--seq-len", "0"], "seq_len is 0"),

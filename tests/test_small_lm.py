@@ -7,6 +7,11 @@ import torch
 
 from slmkernels.models import PRESETS, SmallLM, SmallLMConfig
 from slmkernels.models.small_lm import sample
+from slmkernels.nn import FEATURE_MAPS
+from slmkernels.nn.linear_attention import MODES
+
+LINEAR = [{"linear_mode": mode} for mode in MODES if mode != "linear"]
+LINEAR += [{"linear_mode": "linear", "linear_feature_map": name} for name in FEATURE_MAPS]
 
 
 def small(**changes) -> SmallLM:
@@ -119,7 +124,7 @@ def test_checkpointed_activations_save_memory():
     assert saved[1] < saved[0] / 4
 
 
-@pytest.mark.parametrize("pattern", ["S", "SSF", "F"])
+@pytest.mark.parametrize("pattern", ["S", "SSF", "F", "L", "SL"])
 @pytest.mark.parametrize("prompt", [1, 5, 13])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_generation_equals_computing_from_scratch(pattern, prompt, temperature):
@@ -164,6 +169,73 @@ def test_memory_of_sliding_layers_does_not_grow():
     assert len(list(model.generate(text(1, 4), 100))) == 100  # far past max_seq_len
 
 
+def test_memory_of_linear_layers_does_not_grow():
+    for mode in MODES:
+        model = small(pattern="L", linear_mode=mode, max_seq_len=8)
+
+        def held(caches):
+            return [(x.data_ptr(), x.numel()) for cache in caches for x in cache.tensors()]
+
+        sizes = [[n for _, n in held(model.new_caches(1, length))] for length in (1, 1_000_000)]
+        assert sizes[0] == sizes[1]
+        caches = model.new_caches(1)
+        before = held(caches)
+        with torch.no_grad():
+            for _ in range(20):
+                model.hidden_states(text(1, 3), caches=caches)
+        assert held(caches) == before
+    for pattern in ("L", "SL"):
+        assert len(list(small(pattern=pattern, max_seq_len=8).generate(text(1, 4), 100))) == 100
+
+
+@pytest.mark.parametrize("kind", LINEAR, ids=lambda kind: "-".join(kind.values()))
+def test_linear_layers_learn(kind):
+    """A text that repeats after 16 bytes: to foretell it is to remember it."""
+    model = small(pattern="L", num_layers=2, **kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens, losses = text(8, 16).repeat(1, 3), []
+    for _ in range(50):
+        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 5
+    assert losses[-1] < 3
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", LINEAR, ids=lambda kind: "-".join(kind.values()))
+def test_linear_layers_in_the_model(kind):
+    """Packed documents, decoding in parts and recomputed activations change nothing."""
+    model, tokens = small(pattern="SL", **kind), text(1, 30)
+    cu_seqlens = torch.tensor([0, 8, 8, 30], dtype=torch.int32)
+    options = {"rtol": 1e-3, "atol": 1e-4}
+    with torch.no_grad():
+        whole, caches = model.hidden_states(tokens), model.new_caches(1)
+        parts = [model.hidden_states(part, caches=caches) for part in tokens.split([1, 9, 1, 12, 7], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **options)
+        separate = torch.cat([model(tokens[:, :8]), model(tokens[:, 8:])], dim=1)
+        torch.testing.assert_close(model(tokens, cu_seqlens=cu_seqlens), separate, **options)
+    gradients = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        model(tokens, tokens.roll(-1, dims=1))[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_linear_layers_take_their_shape_from_the_configuration():
+    mixer = small(pattern="L", rope_base=50.0).blocks[0].mixer
+    assert (mixer.mode, mixer.num_heads, mixer.num_qk_heads, mixer.head_dim) == ("gated_delta", 2, 1, 16)
+    for mode in set(MODES) - {"gated_delta"}:
+        assert small(pattern="L", linear_mode=mode).blocks[0].mixer.num_qk_heads == 2
+    assert small(pattern="L", linear_mode="retention", rope_base=50.0).blocks[0].mixer.rope_base == 50.0
+    model = small(pattern="L", linear_mode="linear", linear_feature_map="relu")
+    assert type(model.blocks[0].mixer.q_map) is FEATURE_MAPS["relu"]
+    assert abs(model.blocks[0].mixer.out.weight.std() * (32 * 6) ** 0.5 - 1) < 0.1  # 1 / sqrt(2 layers) of it
+
+
 def test_full_layers_bound_the_length_and_say_so_at_the_call():
     model = small()
     with pytest.raises(ValueError, match=r"max_new_tokens is 61.*prompt of 4.*at most 60.*max_seq_len=64"):
@@ -203,6 +275,9 @@ def test_generation_repeats_with_its_seed():
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads is 3"),
         ({"window": 0}, "window is 0"),
         ({"num_layers": 1.5}, "num_layers is 1.5"),
+        ({"linear_mode": "rwkv"}, "linear_mode is 'rwkv'.*one of linear, retention"),
+        ({"linear_mode": "linear", "linear_feature_map": "cos"}, "linear_feature_map is 'cos'.*one of elu"),
+        ({"linear_feature_map": "elu"}, "linear_feature_map is 'elu'.*None with linear_mode 'gated_delta'"),
     ],
 )
 def test_wrong_configurations_are_named(changes, message):

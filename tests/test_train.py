@@ -113,6 +113,42 @@ def test_bfloat16_autocast_learns(corpus):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"pattern": "L"},
+        {"pattern": "SL"},
+        {"pattern": "L", "linear_mode": "retention"},
+        {"pattern": "L", "linear_mode": "linear", "linear_feature_map": "hedgehog"},
+    ],
+    ids=lambda layers: "-".join(layers.values()),
+)
+def test_linear_attention_learns_text(corpus, layers):
+    settings = dataclasses.replace(FAST, steps=50, batch_size=4, seq_len=64, warmup=10, window=16, lr=1e-3)
+    trainer = Trainer(dataclasses.replace(settings, **layers), corpus)
+    losses = [trainer.train_step()["loss"] for _ in range(50)]
+    assert losses[0] > 5
+    assert sum(losses[-5:]) / 5 < 3  # measured: 2.6 to 2.7
+
+
+def test_linear_attention_saves_and_loads(corpus, tmp_path):
+    settings = dataclasses.replace(FAST, pattern="SL", linear_mode="retention")
+    whole = run(corpus, tmp_path / "whole", settings)
+    run(corpus, tmp_path / "parts", settings, stop_at=3)
+    second = run(corpus, tmp_path / "parts", settings, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
+    model, tokens = load_model(tmp_path / "parts"), encode("def ")
+    assert model.config.linear_mode == "retention"
+    assert torch.equal(model(tokens), second.model(tokens))
+
+
+def test_vectors_of_linear_attention_do_not_decay(corpus):
+    trainer = Trainer(dataclasses.replace(FAST, pattern="L", linear_mode="kda"), corpus)
+    free = {id(p) for p in trainer.optimizer.param_groups[1]["params"]}
+    mixer = trainer.model.blocks[0].mixer
+    assert {id(mixer.A_log), id(mixer.dt_bias), id(mixer.gate_up.bias), id(mixer.norm.weight)} <= free
+
+
 def curve(corpus, backend, steps):
     settings = dataclasses.replace(FAST, steps=steps, batch_size=4, seq_len=96, warmup=10, window=16, lr=1e-3)
     with use_backend(backend):
@@ -248,6 +284,24 @@ def test_resuming_another_run_is_an_error(corpus, tmp_path, changes, message):
     assert longer.step == 1
 
 
+def test_checkpoints_from_before_linear_attention_load_and_resume(corpus, tmp_path):
+    whole = run(corpus, tmp_path / "whole")
+    run(corpus, tmp_path, stop_at=3)
+    content = checkpoints.read(tmp_path)
+    for part in ("config", "settings"):
+        for name in ("linear_mode", "linear_feature_map"):
+            del content[part][name]
+    checkpoints.write(content, tmp_path / checkpoints.NAME)
+    assert load_model(tmp_path).config == Trainer(FAST, corpus).model.config
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(state(whole), state(run(corpus, tmp_path, resume=True)), strict=True)
+    )
+    other = Trainer(dataclasses.replace(FAST, linear_mode="gla"), corpus)
+    with pytest.raises(TrainError, match=r"linear_mode is 'gla'; expected 'gated_delta'"):
+        other.restore(tmp_path / checkpoints.NAME)
+
+
 def test_ctrl_c_finishes_the_step_and_saves(corpus, tmp_path):
     class Pressed(Trainer):
         def train_step(self):
@@ -300,6 +354,8 @@ def test_an_empty_curve_is_still_a_picture(tmp_path):
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"preset": "3m"}, "preset is '3m'"),
         ({"pattern": "SQ"}, "pattern is 'SQ'"),
+        ({"linear_mode": "rnn"}, "linear_mode is 'rnn'"),
+        ({"linear_feature_map": "relu"}, "linear_feature_map is 'relu'.*None with linear_mode"),
         ({"window": 0}, "window is 0"),
     ],
 )

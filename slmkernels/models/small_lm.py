@@ -1,4 +1,4 @@
-"""A small language model on one page: embeddings, blocks of attention and SwiGLU, tied logits.
+"""A small language model on one page: embeddings, blocks of a mixer and SwiGLU, tied logits.
 
 Letters in the shape comments: B batch, T tokens, C channels, N hidden channels, V vocabulary.
 Text is bytes: the vocabulary is the 256 byte values. Special tokens take bytes that never occur in UTF-8
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import RMSNorm, SlidingWindowAttention
+from ..nn import FEATURE_MAPS, LinearAttention, RMSNorm, SlidingWindowAttention
+from ..nn.linear_attention import MODES
 from ..validation import expect
 
 DOCUMENT = 0xFF  # the token between two documents
@@ -39,16 +40,20 @@ class SmallLMConfig:
     dim: int = 128  # C
     num_layers: int = 4
     num_heads: int = 4
-    num_kv_heads: int = 2  # divides num_heads
+    num_kv_heads: int = 2  # divides num_heads; in L layers of mode gated_delta the heads of q and k
     hidden: int = 512  # N, of the SwiGLU
     pattern: str = "SSSF"  # one letter of MIXERS a layer, cycled over the layers
     window: int = 64  # keys a query of an S layer sees, itself included
-    max_seq_len: int = 2048  # tokens the cache of an F layer holds; S layers have no limit
+    max_seq_len: int = 2048  # tokens the cache of an F layer holds; S and L layers have no limit
     vocab_size: int = 256  # V
     rope_base: float = 10000.0
     qk_norm: bool = True
     sinks: bool = False
     softcap: float | None = None  # of the attention scores
+    linear_mode: str = "gated_delta"  # of L layers, a mode of nn.LinearAttention
+    linear_feature_map: str | None = (
+        None  # of L layers in mode "linear": a name of nn.FEATURE_MAPS, None: elu
+    )
 
     def __post_init__(self):
         for name in (*_FIELDS, "vocab_size"):
@@ -62,6 +67,12 @@ class SmallLMConfig:
         expect(some, "pattern", self.pattern, f"letters of {known}")
         for letter in self.pattern:
             expect(letter in MIXERS, "pattern", self.pattern, f"letters of {known}, not {letter!r}")
+        expect(self.linear_mode in MODES, "linear_mode", self.linear_mode, f"one of {', '.join(MODES)}")
+        name = self.linear_feature_map
+        if name is not None:
+            expect(name in FEATURE_MAPS, "linear_feature_map", name, f"one of {', '.join(FEATURE_MAPS)}")
+            hint = f"None with linear_mode {self.linear_mode!r}: feature maps are of mode 'linear'"
+            expect(self.linear_mode == "linear", "linear_feature_map", name, hint)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SmallLMConfig":
@@ -99,9 +110,22 @@ def _full(config: SmallLMConfig) -> nn.Module:
     return _attention(config, None)
 
 
+def _linear(config: SmallLMConfig) -> nn.Module:
+    """linear attention"""
+    mode = config.linear_mode
+    return LinearAttention(
+        config.dim,
+        config.num_heads,
+        config.num_kv_heads if mode == "gated_delta" else None,  # as in Qwen3-Next; no other shares keys
+        mode=mode,
+        feature_map=config.linear_feature_map,
+        rope_base=config.rope_base if mode == "retention" else None,
+    )
+
+
 # What a letter of the pattern builds: a module x [B, T, C] -> [B, T, C] that takes cache= and cu_seqlens=,
 # has new_cache(batch, max_length), and whose last projection is `out`.
-MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {"S": _sliding, "F": _full}
+MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {"S": _sliding, "F": _full, "L": _linear}
 
 
 class SwiGLU(nn.Module):
@@ -141,7 +165,7 @@ class SmallLM(nn.Module):
     loss is ln V + 1/2 (std 0.02 was tried on the 1m preset: about 0.5 bits per byte worse after 300 steps);
     projections normal, std `in_features ** -0.5`, where they end in the residual stream (`mixer.out`,
     `mlp.out`) divided by `sqrt(2 * num_layers)`, so that its variance does not grow with depth (GPT-2);
-    norms 1; sinks 0.
+    norms 1; sinks 0; of L layers, the rest as `nn.LinearAttention` says.
 
     Args:
         config: the shape.
@@ -206,7 +230,7 @@ class SmallLM(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def new_caches(self, batch: int, max_length: int | None = None) -> list:
-        """One empty cache a layer. Those of S layers hold `window` tokens, those of F layers `max_length`."""
+        """One empty cache a layer: `window` tokens in S layers, `max_length` in F, a state in L."""
         return [block.mixer.new_cache(batch, max_length or self.config.max_seq_len) for block in self.blocks]
 
     def generate(
@@ -244,7 +268,7 @@ class SmallLM(nn.Module):
         if "F" in self.config.layers and T + max_new_tokens > limit:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} after a prompt of {T}; expected at most "
-                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S layers any)"
+                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S and L any)"
             )
         return self._stream(prompt, max_new_tokens, temperature, top_k, generator)
 

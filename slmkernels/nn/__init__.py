@@ -1,6 +1,18 @@
 """Drop-in modules over the operations."""
 
-from .norm import RMSNorm
+from .feature_maps import FEATURE_MAPS, FeatureMap, feature_map
+from .linear_attention import LinearAttention
+from .linear_cache import LinearCache
+from .norm import LayerNorm, RMSNorm
 from .sliding_window import SlidingWindowAttention
 
-__all__ = ["RMSNorm", "SlidingWindowAttention"]
+__all__ = [
+    "FEATURE_MAPS",
+    "FeatureMap",
+    "LayerNorm",
+    "LinearAttention",
+    "LinearCache",
+    "RMSNorm",
+    "SlidingWindowAttention",
+    "feature_map",
+]

@@ -1,4 +1,4 @@
-"""RMSNorm that stays in its input's dtype."""
+"""Norms that stay in their input's dtype."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,3 +16,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`(x - mean) / sqrt(var + 1e-6) * weight + bias` over the last dimension; starts at 1 and 0."""
+
+    def __init__(self, dim: int, **kind):
+        super().__init__(dim, eps=1e-6, **kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)

@@ -13,19 +13,18 @@ PROMPT = "def "
 SAMPLE_BYTES = 300
 
 
-def run(steps: int = 300, out: Path = Path("runs/demo"), device: torch.device | str = "cpu") -> None:
-    """Train the 1m preset on Python's own library, print a sample, the figures and the times.
+def run(settings: Settings, out: Path = Path("runs/demo"), device: torch.device | str = "cpu") -> None:
+    """Train on Python's own library, print a sample, the figures and the times.
 
     An earlier demo in `out` is replaced.
 
     Raises:
         TrainError, Interrupted: as in `train`.
     """
-    settings = Settings(preset="1m", pattern="SSSF", steps=steps)
-    corpus = load_corpus()
+    corpus = load_corpus(settings.data)
     trainer = Trainer(settings, corpus, device)
     size, megabytes = trainer.model.num_parameters(), (len(corpus.train) + len(corpus.valid)) / 1e6
-    print(f"A model of {size:,} parameters, layers {settings.pattern}, learns Python from its own library:")
+    print(f"A model of {size:,} parameters, layers {settings.layers}, learns Python from its own library:")
     print(f"{corpus.documents} files, {megabytes:.1f} MB, the end of each held out.\n")
     valid = train(trainer, out)
 
@@ -40,6 +39,9 @@ def run(steps: int = 300, out: Path = Path("runs/demo"), device: torch.device | 
     print(f"\n\nHeld-out text: {bpb:.3f} bits per byte after {trainer.step} steps, {seconds:.0f} s in them.")
     print(f"Loss curve: {out / 'loss.png'}\n")
 
+    if not {"S", "F"} & set(trainer.model.config.layers):
+        print("No layer of sliding-window or full attention: there is no PyTorch attention to compare with.")
+        return
     print(
         "Forward and backward of this model on the batch it trained on, and on as much text in one sequence,"
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from ..models import SmallLMConfig
 from ..models.small_lm import PRESETS
+from ..nn import FEATURE_MAPS
+from ..nn.linear_attention import MODES
 from ..validation import expect
 
 
@@ -20,7 +22,11 @@ class Settings:
     """
 
     preset: str = _option("1m", f"model size: {', '.join(PRESETS)}")
-    pattern: str = _option("SSSF", "one letter a layer, cycled: S sliding window, F full attention")
+    pattern: str = _option("SSSF", "one letter a layer, cycled: S sliding window, F full, L linear attention")
+    linear_mode: str = _option("gated_delta", f"what L layers are: {', '.join(MODES)}")
+    linear_feature_map: str | None = _option(
+        None, f"of L layers in mode linear: {', '.join(FEATURE_MAPS)} (default: elu)", str
+    )
     window: int | None = _option(None, "keys a query of an S layer sees (default: the preset's)", int)
     data: tuple[str, ...] = _option(
         (), "UTF-8 files, globs, or folders (*.txt, *.md, *.py below them) (default: Python's own library)"
@@ -59,8 +65,15 @@ class Settings:
 
     def model_config(self) -> SmallLMConfig:
         """The model these settings train."""
-        changes = {"pattern": self.pattern} | ({} if self.window is None else {"window": self.window})
-        return SmallLMConfig.preset(self.preset, **changes)
+        changes = {name: getattr(self, name) for name in ("pattern", "linear_mode", "linear_feature_map")}
+        window = {} if self.window is None else {"window": self.window}
+        return SmallLMConfig.preset(self.preset, **changes, **window)
+
+    @property
+    def layers(self) -> str:
+        """The pattern, and with L layers also what they are: `SL-gla`, `L-linear-elu`."""
+        names = (self.linear_mode, self.linear_feature_map) if "L" in self.pattern else ()
+        return "-".join([self.pattern, *(name for name in names if name is not None)])
 
     @property
     def peak_lr(self) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import SmallLM
+from ..models import SmallLM, SmallLMConfig
 from . import checkpoint, plots
 from .data import Corpus, training_batch, validation_batches
 from .errors import Interrupted, TrainError
@@ -138,9 +138,10 @@ class Trainer:
             TrainError: it is of another model, other text, or settings other than those in MAY_CHANGE.
         """
         content = checkpoint.read(path, self.device)
-        saved = {**content["config"], **content["settings"]}
+        defaults = {**asdict(SmallLMConfig()), **asdict(Settings())}  # of fields that an older version lacked
+        saved = {**defaults, **content["config"], **content["settings"]}
         for name, ours in {**asdict(self.model.config), **asdict(self.settings)}.items():
-            theirs = saved.get(name)
+            theirs = saved[name]
             if theirs != ours and name not in MAY_CHANGE:
                 raise TrainError(
                     f"{name} is {ours!r}; expected {theirs!r}, as in the checkpoint {str(path)!r}"

@@ -10,7 +10,8 @@
 //
 // No division by beta or by a gate anywhere. The state before each chunk is needed: the forward keeps one every
 // `segment` tokens, and a segment's chunks are run through again (without q), their states held in cache.
-// (Kept instead at every chunk: see the figures in cpu.cpp.) Denominators are computed again, in F: the saved
+// States and dS lie transposed here, [V][K]: they are then B or A operands of every product as they lie, and
+// what is transposed in a chunk are rows (keys, values, one product), not states. Denominators are computed again, in F: the saved
 // output is rounded to E.
 //
 // Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.
@@ -19,6 +20,21 @@
 // the gradient of a constant gate sums over all tokens, and an error that they share would be T times as large.
 
 constexpr int64_t kMostRows = 64;  // of a chunk
+
+// columns x [K][V] of a state, transposed, into [columns][Kp]; and back.
+template <typename F>
+void load_transposed(const F* from, int64_t K, int64_t stride, int64_t columns, F* to) {
+    const int64_t width = round_up(K, kLanes<F>);
+    if (from == nullptr) return fill_zero(to, columns * width);
+    pack_transposed<Fma<F>>(from, stride, K, columns, to, width);
+}
+
+template <typename F>
+void store_transposed(const F* from, int64_t K, int64_t stride, int64_t columns, F* to) {
+    const int64_t width = round_up(K, kLanes<F>);
+    for (int64_t d = 0; d < K; ++d)
+        for (int64_t e = 0; e < columns; ++e) to[d * stride + e] = from[e * width + d];
+}
 
 template <typename F>
 struct Backward {
@@ -29,12 +45,12 @@ struct Backward {
     const int64_t together;  // tasks that walk together
 
     F *gradients, *dzs, *dS, *dz, *states, *ws, *zs;
-    F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *st, *product, *dg, *den, *crossing, *inside, *carry;
+    F *y, *dM, *dxr, *dx, *dk, *dkw, *du, *ut, *xt, *product, *dg, *den, *crossing, *inside, *carry;
 
     static int64_t bytes(const LinearProblem& p) {
         const int64_t C = p.chunk, Kp = round_up(p.K, L), W = round_up(p.columns, L), held = p.segment / C;
-        const int64_t state = p.K * W, kept = (held + 1) * state + held * (C * W + Kp);
-        const int64_t chunk = C * (2 * W + 2 * C + 7 * Kp + W + 8) + W * C + W * Kp + (C + 4) * Kp;
+        const int64_t state = Kp * W, kept = (held + 1) * state + held * (C * W + Kp);
+        const int64_t chunk = C * (2 * W + 2 * C + 7 * Kp + 2 * W + 8) + C * (2 * Kp + W) + 4 * Kp;
         return int64_t(sizeof(F)) * (Forward<F>::walkers(p) * (state + Kp) + kept + chunk) + 64 * 32;
     }
 
@@ -47,8 +63,8 @@ struct Backward {
           width(round_up(p.columns, L)),
           held(p.segment / p.chunk),
           together(Forward<F>::walkers(p)) {
-        gradients = arena.take<F>(together * K * width);
-        states = arena.take<F>((held + 1) * K * width);
+        gradients = arena.take<F>(together * Kp * width);
+        states = arena.take<F>((held + 1) * Kp * width);
         ws = p.beta ? arena.take<F>(held * C * width) : nullptr;
         zs = p.normalize ? arena.take<F>(held * Kp) : nullptr;
         dzs = arena.take<F>(together * Kp);
@@ -62,8 +78,8 @@ struct Backward {
         dg = channel ? arena.take<F>(C * Kp) : nullptr;
         du = arena.take<F>(C * width);
         ut = arena.take<F>(width * C);
-        st = arena.take<F>(width * Kp);
-        product = arena.take<F>(C * Kp);
+        xt = arena.take<F>(C * Kp);
+        product = arena.take<F>(C * (Kp > width ? Kp : width));
         den = arena.take<F>(C);
         crossing = arena.take<F>(C);
         inside = arena.take<F>(C);
@@ -78,7 +94,7 @@ struct Backward {
             const LinearTask own(p, first + i);
             const int64_t head = own.sequence * p.H + own.h;
             use(i);
-            load_state<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, dS);
+            load_transposed<F>(shifted<F>(g.dstate, head * K * p.V + own.column), K, p.V, own.columns, dS);
             load_state<F>(own.part == 0 ? shifted<F>(g.dz, head * K) : nullptr, 1, K, K, dz);
             if (p.decays == Decay::constant) static_cast<double*>(g.ddecay)[head * parts + own.part] = 0;
         }
@@ -100,26 +116,27 @@ struct Backward {
             const int64_t head = own.sequence * p.H + own.h;
             use(i);
             if (g.dstate0)
-                store_state<F>(dS, K, p.V, own.columns,
-                               static_cast<F*>(g.dstate0) + head * K * p.V + own.column);
+                store_transposed<F>(dS, K, p.V, own.columns,
+                                    static_cast<F*>(g.dstate0) + head * K * p.V + own.column);
             if (g.dz0) store_state<F>(dz, 1, K, K, static_cast<F*>(g.dz0) + (head * parts + own.part) * K);
         }
     }
 
-    void use(int64_t i) { dS = gradients + i * K * width, dz = dzs + i * Kp; }
+    void use(int64_t i) { dS = gradients + i * Kp * width, dz = dzs + i * Kp; }
 
     // States (and the delta rule's w) of the chunks of one segment, from the one before it.
     template <typename E>
     void replay(Chunk<F>& chunk, const LinearTask& own, int64_t t0, int64_t t1) {
         const Sequence& s = p.sequences[own.sequence];
-        const int64_t Vp = round_up(own.columns, L), size = K * Vp, head = own.sequence * p.H + own.h;
+        const int64_t Vp = round_up(own.columns, L), size = own.columns * Kp,
+                      head = own.sequence * p.H + own.h;
         const F *from, *z;
         if (t0 == 0) {
             from = shifted<F>(p.state0, head * K * p.V), z = shifted<F>(p.z0, head * K);
         } else {
             from = static_cast<const F*>(p.kept) + p.place(s, t0, own.h), z = from + K * p.V;
         }
-        load_state<F>(shifted<F>(from, own.column), K, p.V, own.columns, states);
+        load_transposed<F>(shifted<F>(from, own.column), K, p.V, own.columns, states);
         if (zs) load_state<F>(z, 1, K, K, zs);
         const Readers readers{1, chunk.delta ? 2 : 1};
         for (int64_t t = t0, c = 0; t < t1; t += C, ++c) {
@@ -131,14 +148,37 @@ struct Backward {
             chunk.mix(readers);
             if (chunk.delta) {
                 const int64_t m = chunk.m;
-                gemm<Fma<F>, false>(m, Vp / L, K, chunk.xr + m * Kp, Kp, 1, state, Vp, du, Vp);
+                meet(chunk, state, chunk.xr + m * Kp, own.columns, du);
                 chunk.solve_delta(du);
                 __builtin_memcpy(ws + c * C * Vp, chunk.w, size_t(m * Vp) * sizeof(F));
             }
             if (last) break;
             __builtin_memcpy(state + size, state, size_t(size) * sizeof(F));
             if (zs) __builtin_memcpy(zs + (c + 1) * Kp, zs + c * Kp, size_t(Kp) * sizeof(F));
-            chunk.write(state + size, zs ? zs + (c + 1) * Kp : nullptr);
+            add_to_state(chunk, chunk.u, chunk.writers(), chunk.m, state + size);
+            if (zs) chunk.write_normalizer(zs + (c + 1) * Kp);
+        }
+    }
+
+    // to [m][Vp] = rows x [m][Kp] times the state. Rows are the lanes of the product, so that the state is read
+    // as it lies; the result is transposed back. `x` is k itself where nothing is gated.
+    void meet(Chunk<F>& chunk, const F* state, const F* x, int64_t columns, F* to) {
+        const int64_t m = chunk.m;
+        const F* lanes = chunk.packed;  // mix has left k there
+        if (chunk.gated) pack_transposed<Fma<F>>(x, Kp, m, Kp, xt, C), lanes = xt;
+        gemm<Fma<F>, false>(columns, m / L, K, state, Kp, 1, lanes, C, product, C);
+        pack_transposed<Fma<F>>(product, C, columns, m, to, chunk.Vp);
+    }
+
+    // state <- e^{G_C} state + u^T x, [columns][Kp].
+    void add_to_state(Chunk<F>& chunk, const F* u, const F* x, int64_t rows, F* state) {
+        const int64_t columns = chunk.V;
+        if (chunk.gated)
+            for (int64_t e = 0; e < columns; ++e) multiply(state + e * Kp, state + e * Kp, chunk.total, Kp);
+        for (int64_t e = 0; e < columns; e += 24) {
+            gemm<Fma<F>, true>(columns - e < 24 ? columns - e : 24, Kp / L, rows, u + e, 1, chunk.Vp, x, Kp,
+                               state + e * Kp, Kp);
+            chunk.ahead.fetch(6);
         }
     }
 
@@ -146,7 +186,7 @@ struct Backward {
     void gradient(Chunk<F>& chunk, const LinearTask& own, int64_t t, int64_t n, int64_t c) {
         const Sequence& s = p.sequences[own.sequence];
         const int64_t Vp = round_up(own.columns, L);
-        const F* state = states + c * K * Vp;
+        const F* state = states + c * own.columns * Kp;
         const F* z = zs ? zs + c * Kp : nullptr;
         chunk.template read<E>(own, t, n, true);
         chunk.template expect<E>(own, c > 0 ? t - C : -1, true);
@@ -180,7 +220,7 @@ struct Backward {
         fill_zero(y + n * Vp, (m - n) * Vp);
 
         // du, and through the triangle
-        gemm<Fma<F>, false>(m, Vp / L, K, chunk.writers(), Kp, 1, dS, Vp, du, Vp);
+        meet(chunk, dS, chunk.writers(), own.columns, du);
         for (int64_t j = 0; j < m; j += kSub)
             gemm<Fma<F>, true>(kSub, Vp / L, m - j, chunk.M + j * C + j, 1, C, y + j * Vp, Vp, du + j * Vp,
                                Vp);
@@ -207,11 +247,9 @@ struct Backward {
                 gemm<Fma<F>, false>(kSub, (i + kSub) / L, own.columns, y + (half * m + i) * Vp, Vp, 1, ut, C,
                                     dM + (half * m + i) * C, C);
         chunk.ahead.fetch(6);
-        pack_transposed<Fma<F>>(state, Vp, K, own.columns, st, Kp);
-        gemm<Fma<F>, false>(both, Kp / L, own.columns, y, Vp, 1, st, Kp, dxr, Kp);
+        gemm<Fma<F>, false>(both, Kp / L, own.columns, y, Vp, 1, state, Kp, dxr, Kp);
         chunk.ahead.fetch(6);
-        pack_transposed<Fma<F>>(dS, Vp, K, own.columns, st, Kp);
-        gemm<Fma<F>, false>(m, Kp / L, own.columns, chunk.u, Vp, 1, st, Kp, dkw, Kp);
+        gemm<Fma<F>, false>(m, Kp / L, own.columns, chunk.u, Vp, 1, dS, Kp, dkw, Kp);
         chunk.ahead.fetch(6);
         if (z) normalizer_gradient(chunk, z);
 
@@ -254,12 +292,7 @@ struct Backward {
         }
 
         // dS and dz before this chunk
-        if (chunk.gated) scale_rows(dS, chunk.total, 1, K, Vp);
-        for (int64_t d = 0; d < K; d += 24) {
-            gemm<Fma<F>, true>(K - d < 24 ? K - d : 24, Vp / L, both, chunk.xr + d, 1, Kp, y, Vp, dS + d * Vp,
-                               Vp);
-            chunk.ahead.fetch(6);
-        }
+        add_to_state(chunk, y, chunk.xr, both, dS);
         if (z) {
             if (chunk.gated) multiply(dz, dz, chunk.total, Kp);
             for (int64_t i = 0; i < m; ++i)
@@ -313,9 +346,9 @@ struct Backward {
 
     void gate_gradient(Chunk<F>& chunk, const Sequence& s, const LinearTask& own, int64_t row, const F* state,
                        const F* z) {
-        const int64_t m = chunk.m, Vp = chunk.Vp, halves = chunk.all().last;
-        for (int64_t d = 0; d < K; ++d) carry[d] = dot(state + d * Vp, dS + d * Vp, Vp);
-        for (int64_t d = K; d < Kp; ++d) carry[d] = 0;
+        const int64_t m = chunk.m, halves = chunk.all().last;
+        fill_zero(carry, Kp);
+        for (int64_t e = 0; e < own.columns; ++e) add_product(carry, state + e * Kp, dS + e * Kp, Kp);
         if (z) add_product(carry, dz, z, Kp);
         multiply(carry, carry, chunk.total, Kp);
         const int64_t parts = p.parts();

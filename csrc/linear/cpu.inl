@@ -366,7 +366,10 @@ struct Chunk {
                                state + d * Vp, Vp);
             ahead.fetch(6);
         }
-        if (z == nullptr) return;
+        if (z) write_normalizer(z);
+    }
+
+    void write_normalizer(F* z) {
         if (gated) multiply(z, z, total, Kp);
         for (int64_t i = 0; i < m; ++i) add(z, writers() + i * Kp, Kp);
     }

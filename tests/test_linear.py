@@ -380,7 +380,11 @@ def test_shared_heads_equal_repeated_ones(row, normalize):
 @needs_native
 @two_dtypes
 @every_variant
-@pytest.mark.parametrize("sizes", [{"H": 4, "Hk": 2}, {"H": 1, "V": 96}], ids=["heads", "one head"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"H": 4, "Hk": 2}, {"H": 1, "V": 96}, {"H": 4, "V": 80}],
+    ids=["heads", "one head", "fewer heads than threads"],
+)
 def test_same_bits_for_any_number_of_threads(sizes, row, normalize, dtype):
     tensors, options = make(
         row, **{"T": 130, "K": 16, "V": 16, "states": True, "normalize": normalize, **sizes}
@@ -388,7 +392,7 @@ def test_same_bits_for_any_number_of_threads(sizes, row, normalize, dtype):
     tensors = rounded(tensors, dtype)
     threads, results = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 3, 2):
+        for n in (1, 2, 3, 8, 2):
             torch.set_num_threads(n)
             results.append(run(tensors, NATIVE, **options))
     finally:

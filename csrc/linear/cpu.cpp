@@ -34,18 +34,21 @@ const slm::LinearKernels& kernels() {
     return slm::linear_portable;
 }
 
-// Tokens a chunk. Depends on nothing but the kind of problem.
-int64_t chunk_length(Decay decays, bool delta, int64_t, int64_t) {
-    (void)decays, (void)delta;
-    return 32;
-}
+// Tokens a chunk, whatever the problem. On two Zen 4 cores, forward + backward in ms for chunks of 16, 32, 64 tokens
+// (B = 1, 8 heads): plain T = 4096, K = V = 64: 29, 24, 36; 128: 94, 73, 68; gated delta T = 2048, 64: 22, 19, 19;
+// T = 4096, 128: 118, 102, 116; GLA 19, 14, 19; KDA 26, 21, 29. Short chunks read and write the state more often, long
+// ones compute larger triangles.
+constexpr int64_t kChunk = 32;
 
-// Value columns a task. Where heads are few they are cut, as long as 32 columns are left; what is summed over
-// columns then has several summands, so the rule knows nothing of threads.
-int64_t task_columns(int64_t heads, int64_t V) {
+// Value columns a task: cut where heads are fewer than `wanted`, as long as 32 columns are left. A forward's bits do
+// not depend on the cut, so it asks for a task a thread. A backward sums over columns, and asks for a few in any
+// case: its bits must not know the number of threads.
+constexpr int64_t kFewTasks = 4;
+
+int64_t task_columns(int64_t heads, int64_t V, int64_t wanted) {
     int64_t parts = 1;
-    while (heads * parts < 4 && V / (2 * parts) >= 32) parts *= 2;
-    return (V + parts - 1) / parts;
+    while (heads * parts < wanted && V / (2 * parts) >= 32) parts *= 2;
+    return std::max<int64_t>(1, (V + parts - 1) / parts);
 }
 
 // Gates and states: in the computing dtype, of the given shape, contiguous.
@@ -125,8 +128,8 @@ Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
     p.state0 = in.data(in.state), p.z0 = in.data(in.z);
     p.sequences = in.sequences.data(), p.num_sequences = N;
     p.segment = segment;
-    p.chunk = chunk_length(p.decays, beta.has_value(), p.K, p.V);
-    p.columns = std::max<int64_t>(1, task_columns(N * p.H, p.V));
+    p.chunk = kChunk;
+    p.columns = task_columns(N * p.H, p.V, kFewTasks);
     p.scale = scale, p.normalize = normalize, p.l2norm = l2norm;
     return in;
 }
@@ -140,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
     slm::LinearProblem& p = in.problem;
     const ScalarType exact = statistics_type(p.dtype);
     const int64_t N = p.num_sequences;
+    p.columns = task_columns(N * p.H, p.V, std::max<int64_t>(kFewTasks, torch::stable::get_num_threads()));
     Tensor o = fresh(q, {in.B, p.T, p.H, p.V}, q.scalar_type(), false);
     Tensor state = fresh(q, {N, p.H, p.K, p.V}, exact, false);
     Tensor z = normalize ? fresh(q, {N, p.H, p.K}, exact, false) : torch::stable::new_empty(q, {0}, exact);

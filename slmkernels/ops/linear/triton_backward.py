@@ -12,9 +12,8 @@ y = scale do, or do / den with `normalize`):
     normalize: y has one more column, dden = -(o . do) / den, as u has a column of ones and S the column z
 
 A gate g_l gets all that passes over it: from j < l to i >= l inside the chunk, from S to readers i >= l, from
-writers j < l to dS, and from S to dS. With one gate a token these are sums of the positive kind, without the
-cancellation of (sum over i >= l) - (sum over j >= l); with a gate a channel the first of the four is taken as
-that difference, inside the chunk, diagonal left out.
+writers j < l to dS, and from S to dS. The first is (sum over i >= l of what i reads) - (sum over j >= l of
+what is read of j), the diagonal left out of both: what cancels there is never more than one chunk's.
 
 Split: `state_kernel` walks the chunks backwards, a program per (sequence, head, block of V) with dS in
 registers, and leaves dS per chunk and, with beta, Y per token. `gradient_kernel` then has a program per
@@ -187,8 +186,6 @@ def gradient_kernel(
     i, j, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, K_PAD)
     q += b * q_b + start * q_t + hk * q_h
     k += b * k_b + start * k_t + hk * k_h
-    q_tile, q_norm = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
-    k_tile, k_norm = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)
     dq_sum = tl.zeros([C, K_PAD], tl.float32)
     dk_sum = tl.zeros([C, K_PAD], tl.float32)
     for g in range(G):
@@ -198,13 +195,16 @@ def gradient_kernel(
         gate = decay
         if GATE > 0:
             gate += b * d_b + start * d_t + h * d_h
-        into, out_of, total = gates(gate, t0, length, d_t, GATE, C, K, K_PAD)
-        if m is None:
-            pair = pairs(gate, t0, length, d_t, GATE, C)
-            M = product(q_tile, tl.trans(k_tile), PRECISION) * pair
-        elif beta is None:
-            M = load_block(m + row * C, t0, length, H * C, 0, C, C, C)
-        if beta is not None:
+        if beta is None:
+            k_tile, _ = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)
+            if m is None:
+                q_tile, _ = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
+                M = product(q_tile, tl.trans(k_tile), PRECISION) * pairs(gate, t0, length, d_t, GATE, C)
+            else:
+                M = load_block(m + row * C, t0, length, H * C, 0, C, C, C)
+            _, out_of, _ = gates(gate, t0, length, d_t, GATE, C, K, K_PAD)
+            k_writer = k_tile * out_of
+        else:
             rate = load_tokens(beta + b * b_b + start * b_t + h * b_h, t0, length, b_t, C)[:, None]
             rate_gradient = tl.zeros([C], tl.float32)
             dN = tl.zeros([C, C], tl.float32)
@@ -227,7 +227,7 @@ def gradient_kernel(
             dS = load_block(dkept_state + at * (K * V), 0, rows, V, column, V, K_PAD, BLOCK_V).to(tl.float32)
             if beta is None:
                 u = load_block(v + b * v_b + start * v_t + h * v_h, t0, length, v_t, column, V, C, BLOCK_V)
-                dx = product(tl.trans(M), y, PRECISION) + product(k_tile * out_of, dS, PRECISION)
+                dx = product(tl.trans(M), y, PRECISION) + product(k_writer, dS, PRECISION)
             else:
                 w = load_block(kept_w + row * V, t0, length, H * V, column, V, C, BLOCK_V).to(tl.float32)
                 Y = load_block(dkept_y + row * V, t0, length, H * V, column, V, C, BLOCK_V).to(tl.float32)
@@ -249,7 +249,10 @@ def gradient_kernel(
             writer += dz[None, :]
             carried += z * dz
 
-        # ---- back to q, k and the gates
+        # ---- back to q, k and the gates; q and k are loaded here, again, to leave the loop its registers
+        q_tile, _ = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
+        k_tile, _ = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)
+        into, out_of, total = gates(gate, t0, length, d_t, GATE, C, K, K_PAD)
         reader *= into
         writer *= out_of
         if beta is not None:
@@ -287,23 +290,22 @@ def gradient_kernel(
             dg += carried[None, :]
             store_block(ddecay + row * K, dg, t0, length, H * K, 0, K, C, K_PAD)
         else:
-            if beta is not None:
-                pair = pairs(gate, t0, length, d_t, GATE, C)
+            pair = pairs(gate, t0, length, d_t, GATE, C)
             dM *= pair
             dq_head += product(dM, k_tile, PRECISION)
             dk_head += product(tl.trans(dM), q_tile, PRECISION)
             if beta is not None:
                 dN *= pair
-                dk_head += product(dN, k_tile, PRECISION) + product(tl.trans(dN), k_tile, PRECISION)
+                dk_head += product(dN + tl.trans(dN), k_tile, PRECISION)
             if GATE == 1:
                 weight = dM * product(q_tile, tl.trans(k_tile), PRECISION)
                 if beta is not None:
                     weight += dN * product(k_tile, tl.trans(k_tile), PRECISION)
                 weight = tl.where(i > j, weight, 0.0)
-                crossing = tl.where(i >= j, tl.cumsum(weight, 1) - weight, 0.0)  # [i, l]: from j < l to i
                 of_writers = tl.sum(written, 1)
-                dg = tl.sum(crossing, 0) + tl.cumsum(tl.sum(read, 1), 0, reverse=True)
-                dg += tl.cumsum(of_writers, 0) - of_writers + tl.sum(carried, 0)
+                across = tl.sum(read, 1) + tl.sum(weight, 1) - tl.sum(weight, 0)
+                dg = tl.cumsum(across, 0, reverse=True) + tl.cumsum(of_writers, 0) - of_writers
+                dg += tl.sum(carried, 0)
                 if CONSTANT:
                     dg = tl.where(t0 + tl.arange(0, C) < length, dg, 0.0)
                     tl.store(ddecay + at, tl.sum(dg, 0))
@@ -312,5 +314,7 @@ def gradient_kernel(
         dq_sum += dq_head
         dk_sum += dk_head
     row = ((b * T + start) * HK + hk) * K
+    q_tile, q_norm = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
+    k_tile, k_norm = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)
     store_block(dq + row, undo_norm(dq_sum, q_tile, q_norm, L2), t0, length, HK * K, 0, K, C, K_PAD)
     store_block(dk + row, undo_norm(dk_sum, k_tile, k_norm, L2), t0, length, HK * K, 0, K, C, K_PAD)

@@ -8,10 +8,11 @@ none. Inside a chunk of C tokens, with sums over gates,
     total = exp(g_0 + .. + g_C-1)       of the state itself
     pair_ij = exp(g_j+1 + .. + g_i)     from token j to token i >= j
 
-Each exponent is a sum of the gates that lie between, never a difference of two longer sums: a gate of -50
-beside one of -0.001 leaves the digits of the small one alone. One scan of a [C, C] tile gives pair_ij; a
-channel's gates would need [C, C, K] of it, and are summed column by column instead (`earlier`). A gate below
--200 counts as -200, so that -inf gives zeros and no NaN; e^-200 is zero in float32.
+Each exponent has the digits of the gates that lie between, whatever came before: a gate of -50 leaves the
+-0.001 beside it alone, where the difference of two float32 sums would not. One gate a token is summed in
+float64, [C] numbers, and differences are taken of its two float32 halves. A gate a channel is summed over the
+very tokens between, for pairs column by column (`earlier`), from the last column on. A gate below -200 counts
+as -200, so that -inf gives zeros and no NaN; e^-200 is zero in float32.
 """
 
 import triton
@@ -115,6 +116,12 @@ def load_keys(
 
 
 @triton.jit
+def summed(decay, first, length, stride, C: tl.constexpr):
+    """g_0 + .. + g_i in float64, for one gate a token."""
+    return tl.cumsum(tl.maximum(load_tokens(decay, first, length, stride, C), LOWEST).to(tl.float64), 0)
+
+
+@triton.jit
 def gates(
     decay, first, length, stride, GATE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr
 ):
@@ -124,11 +131,11 @@ def gates(
         out_of = into
         total = 1.0
     elif GATE == 1:
-        g = tl.maximum(load_tokens(decay, first, length, stride, C), LOWEST)
-        i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        into = tl.exp(tl.cumsum(g, 0))[:, None]
-        out_of = tl.exp(tl.sum(tl.where(i > j, g[:, None], 0.0), 0))[:, None]
-        total = tl.exp(tl.sum(g, 0))
+        sums = summed(decay, first, length, stride, C)
+        end = tl.sum(tl.where(tl.arange(0, C) == C - 1, sums, 0.0), 0)
+        into = tl.exp(sums.to(tl.float32))[:, None]
+        out_of = tl.exp((end - sums).to(tl.float32))[:, None]
+        total = tl.exp(end.to(tl.float32))
     else:
         end = tl.minimum(length, first + C)
         g = tl.maximum(load_block(decay, first, end, stride, 0, K, C, K_PAD), LOWEST)
@@ -151,12 +158,14 @@ def of_state(total, GATE: tl.constexpr):
 def pairs(decay, first, length, stride, GATE: tl.constexpr, C: tl.constexpr):
     """pair [C, C] of one gate a token; zero for j > i."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    if GATE == 0:
-        between = tl.zeros([C, C], tl.float32)
-    else:
-        g = tl.maximum(load_tokens(decay, first, length, stride, C), LOWEST)
-        between = tl.cumsum(tl.where(i > j, g[:, None], 0.0), 0)
-    return tl.where(i >= j, tl.exp(between), 0.0)
+    pair = tl.where(i >= j, 1.0, 0.0)
+    if GATE == 1:
+        sums = summed(decay, first, length, stride, C)
+        high = sums.to(tl.float32)
+        low = (sums - high.to(tl.float64)).to(tl.float32)
+        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        pair = tl.where(i >= j, tl.exp(between), 0.0)
+    return pair
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def compile_kernel(
     rate = torch.empty(1, 8, H, device=device) if beta else None
     q = torch.empty(1, 8, H // G, K, dtype=dtype, device=device)
     v = torch.empty(1, 8, H, V, dtype=dtype, device=device)
-    call = tk._Sizes(q, v, decay, rate, None, normalize, l2norm, C or 0)
+    C = C or tk.chunk_length(K, dtype, tk._gate(decay), beta, arch)
+    call = tk._Sizes(q, v, decay, rate, None, normalize, l2norm, C)
     constants = call.constants(kernel)
     if kind == "gradient":
         constants["CONSTANT"] = gate == "H"

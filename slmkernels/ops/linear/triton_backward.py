@@ -259,60 +259,55 @@ def gradient_kernel(
             error_reader *= into
             store_tokens(dbeta + row, rate_gradient, t0, length, H, C)
             dN = tl.where(i > j, dN, 0.0)
-        dM = tl.where(i >= j, dM, 0.0)
-        read = q_tile * reader  # what readers of S weigh, per channel
-        if beta is not None:
-            read += k_tile * error_reader
-        written = k_tile * writer
-        carried *= total
-        dq_head, dk_head = reader, writer
-        if beta is not None:
-            dk_head += error_reader
+        own = tl.sum(tl.where(i == j, dM, 0.0), 1)[:, None]  # the diagonal, which no gate touches
+        dM = tl.where(i > j, dM, 0.0)
         if GATE == 2:
-            crossing = tl.zeros([C, K_PAD], tl.float32)
+            inside = tl.zeros([C, K_PAD], tl.float32)
             between = tl.zeros([C, K_PAD], tl.float32)
             for n in range(C):
                 one = C - 1 - n
                 between = earlier(between, gate, one, t0, length, d_t, C, K, K_PAD)
-                faded = tl.where(i >= one, tl.exp(between), 0.0)
+                faded = tl.where(i > one, tl.exp(between), 0.0)
                 key = one_key(k, one, t0, length, k_t, K, K_PAD, L2)
                 dm = tl.sum(tl.where(j == one, dM, 0.0), 1)[:, None] * faded
-                dq_head += dm * key[None, :]
+                reader += dm * key[None, :]
                 to_key = dm * q_tile
                 if beta is not None:
                     dn = tl.sum(tl.where(j == one, dN, 0.0), 1)[:, None] * faded
-                    dk_head += dn * key[None, :]
+                    error_reader += dn * key[None, :]
                     to_key += dn * k_tile
-                dk_head += tl.where(i == one, tl.sum(to_key, 0)[None, :], 0.0)
-                weight = tl.where(i > one, to_key * key[None, :], 0.0)
-                crossing += weight - tl.where(i == one, tl.sum(weight, 0)[None, :], 0.0)
-            dg = tl.cumsum(read + crossing, 0, reverse=True) + tl.cumsum(written, 0) - written
-            dg += carried[None, :]
-            store_block(ddecay + row * K, dg, t0, length, H * K, 0, K, C, K_PAD)
+                inside += tl.where(i == one, tl.sum(to_key, 0)[None, :], 0.0)
         else:
             pair = pairs(gate, t0, length, d_t, GATE, C)
             dM *= pair
-            dq_head += product(dM, k_tile, PRECISION)
-            dk_head += product(tl.trans(dM), q_tile, PRECISION)
+            reader += product(dM, k_tile, PRECISION)
+            inside = product(tl.trans(dM), q_tile, PRECISION)
             if beta is not None:
                 dN *= pair
-                dk_head += product(dN + tl.trans(dN), k_tile, PRECISION)
-            if GATE == 1:
-                weight = dM * product(q_tile, tl.trans(k_tile), PRECISION)
-                if beta is not None:
-                    weight += dN * product(k_tile, tl.trans(k_tile), PRECISION)
-                weight = tl.where(i > j, weight, 0.0)
-                of_writers = tl.sum(written, 1)
-                across = tl.sum(read, 1) + tl.sum(weight, 1) - tl.sum(weight, 0)
-                dg = tl.cumsum(across, 0, reverse=True) + tl.cumsum(of_writers, 0) - of_writers
+                error_reader += product(dN, k_tile, PRECISION)
+                inside += product(tl.trans(dN), k_tile, PRECISION)
+        if GATE > 0:
+            across = q_tile * reader - k_tile * inside
+            if beta is not None:
+                across += k_tile * error_reader
+            written = k_tile * writer
+            carried *= total
+            if GATE == 2:
+                dg = tl.cumsum(across, 0, reverse=True) + tl.cumsum(written, 0) - written + carried[None, :]
+                store_block(ddecay + row * K, dg, t0, length, H * K, 0, K, C, K_PAD)
+            else:
+                of_token = tl.sum(written, 1)
+                dg = tl.cumsum(tl.sum(across, 1), 0, reverse=True) + tl.cumsum(of_token, 0) - of_token
                 dg += tl.sum(carried, 0)
                 if CONSTANT:
                     dg = tl.where(t0 + tl.arange(0, C) < length, dg, 0.0)
                     tl.store(ddecay + at, tl.sum(dg, 0))
                 else:
                     store_tokens(ddecay + row, dg, t0, length, H, C)
-        dq_sum += dq_head
-        dk_sum += dk_head
+        dq_sum += reader + own * k_tile
+        dk_sum += writer + inside + own * q_tile
+        if beta is not None:
+            dk_sum += error_reader
     row = ((b * T + start) * HK + hk) * K
     q_tile, q_norm = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
     k_tile, k_norm = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)

@@ -164,7 +164,7 @@ def pairs(decay, first, length, stride, GATE: tl.constexpr, C: tl.constexpr):
         high = sums.to(tl.float32)
         low = (sums - high.to(tl.float64)).to(tl.float32)
         between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        pair = tl.where(i >= j, tl.exp(between), 0.0)
+        pair = tl.exp(tl.where(i >= j, between, LOWEST))
     return pair
 
 

@@ -38,22 +38,26 @@ KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype of the states ke
 # ---- chunks and tiles --------------------------------------------------------------------------------------
 
 
-def chunk_length(K: int, dtype: torch.dtype, gate: int, beta: bool) -> int:
+def chunk_length(K: int, dtype: torch.dtype, gate: int, beta: bool, arch: int) -> int:
     """Tokens a chunk, 16, 32 or 64.
 
     Long chunks keep fewer states, short ones need less of the registers in the backward, and less work for
-    pairs of tokens where that is K exponentials a pair (a gate a channel) or a triangular inverse.
+    pairs of tokens where that is K exponentials a pair (a gate a channel) or a triangular inverse. On 8.x and
+    12.x operands of products lie in registers too.
     """
     if dtype == torch.float32:
         return 16
-    if gate == 2 or beta or dtype == torch.float16:
-        return 32 if padded(K) <= 128 else 16
-    return 64 if padded(K) <= 128 else 32
+    if padded(K) > 128 and (gate == 2 or beta or dtype == torch.float16):
+        return 16
+    if gate == 2 or beta or dtype == torch.float16 or padded(K) > 128 or arch < 90 or arch >= 120:
+        return 32
+    return 64
 
 
 def segment_length(call) -> int:
     """What `function.py` hands to the operators when a backward will follow: the chunk length."""
-    return chunk_length(call.q.shape[3], call.q.dtype, _gate(call.decay), call.beta is not None)
+    q = call.q
+    return chunk_length(q.shape[3], q.dtype, _gate(call.decay), call.beta is not None, architecture(q.device))
 
 
 def candidates(kind: str, K: int, dtype: torch.dtype, gate: int, beta: bool, arch: int) -> list[tuple]:
@@ -69,11 +73,18 @@ def candidates(kind: str, K: int, dtype: torch.dtype, gate: int, beta: bool, arc
         return [{64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)}[size]]
     if kind in ("forward", "state"):
         if exact:
-            return [{64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1)}[size], (16, 4, 1), (32, 8, 1)]
-        return [(32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 8, 1), (64, 8, 2), (16, 4, 2)]
-    if exact:
-        return [{64: (16, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1)}[size], (32, 4, 1), (32, 8, 1)]
-    return [(32, 8, 1), (32, 4, 1), (64, 8, 1), (32, 8, 2)]
+            first = (16, 8, 1)
+        else:
+            first = {64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)}[size]
+        others = [(16, 4, 1), (32, 4, 1), (32, 8, 1)]
+        if not exact:
+            others += [(32, 4, 2), (64, 4, 1), (64, 8, 1), (64, 8, 2)]
+    else:
+        first = (16, 8, 1) if exact or size > 128 else (32, 8, 1)
+        others = [(16, 4, 1), (32, 4, 1), (32, 8, 1)]
+        if not exact:
+            others += [(64, 8, 1), (32, 8, 2)]
+    return [first, *(tile for tile in others if tile != first)]
 
 
 def _named(tile: tuple[int, int, int], V: int) -> dict[str, int]:
@@ -137,7 +148,7 @@ class _Sizes:
         (self.B, self.T, self.HK, self.K), (self.H, self.V) = q.shape, v.shape[2:]
         self.gate, self.beta = _gate(decay), beta is not None
         self.normalize, self.l2norm = normalize, l2norm
-        self.C = segment or chunk_length(self.K, q.dtype, self.gate, self.beta)
+        self.C = segment or chunk_length(*self.choice())
         per_row = (self.T + self.C - 1) // self.C
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.chunks = self.B * per_row if cu_seqlens is None else self.T // self.C + self.N

@@ -121,3 +121,114 @@ def assemble(ptx: str, arch: int) -> dict[str, int]:
     registers = int(re.search(r"Used (\d+) registers", result.stderr)[1])
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stderr)]
     return {"registers": registers, "spills": sum(spills)}
+
+
+def spill_limit(kind: str, row: str, K: int, dtype: torch.dtype, arch: int) -> int:
+    """Bytes a thread may store to and load back from local memory, both counted; 0 up to K = 64.
+
+    A state's columns, what reads and writes them and their products fill the registers from K = 128 on. Known
+    and left: float32 (no tensor cores, whose products hold whole operands in registers), most of all KDA at
+    K = 256, and float16, whose TensorFloat-32 operands take twice the room.
+    """
+    size = triton_support.padded(K)
+    if size <= 64:
+        return 0
+    if dtype == torch.float32:
+        return 320 if size == 128 else 12000 if row == "kda" else 1300
+    if dtype == torch.float16:
+        return 800
+    return 160 if size == 128 else 400
+
+
+def check(kind: str, arch: int, row: str, limit: int | None = None, **options) -> dict:
+    """Compile and hold the result to the limits: registers that spill, shared memory that there is."""
+    result = compile_kernel(kind, arch, row, **options)
+    shown = {name: result[name] for name in ("shared", "registers", "spills")}
+    choice = options.get("K", 64), options.get("dtype", torch.bfloat16), arch
+    assert result["spills"] <= (spill_limit(kind, row, *choice) if limit is None else limit), shown
+    assert result["shared"] <= SHARED_LIMIT[arch], shown
+    return result
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("intra", "kda"),
+        ("forward", "plain"),
+        ("forward", "scalar"),
+        ("forward", "kda"),
+        ("state", "gated-delta"),
+        ("gradient", "scalar"),
+        ("gradient", "kda"),
+        ("step", "kda"),
+    ],
+)
+def test_default_tiles(kind, row, arch):
+    ptx = check(kind, arch, row)["asm"]["ptx"]
+    if kind in ("forward", "gradient"):  # tensor cores
+        assert any(name in ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+    assert "atom." not in ptx
+    assert "red." not in ptx.replace("shared.", "").replace("pred.", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "options"),
+    [
+        ("intra", "delta", {}),
+        ("forward", "retention", {"packed": True}),
+        ("forward", "gated-delta", {"l2norm": True, "G": 2}),
+        ("state", "scalar", {"packed": True}),
+        ("state", "kda", {}),
+        ("gradient", "plain", {}),
+        ("gradient", "retention", {"packed": True}),
+        ("gradient", "gla", {"G": 2}),
+        ("gradient", "gated-delta", {"l2norm": True}),
+        ("gradient", "scalar", {"dtype": torch.float16}),
+        ("gradient", "gated-delta", {"dtype": torch.float32}),
+        ("denominator", "scalar", {"normalize": True}),
+        ("denominator", "gla", {"normalize": True, "packed": True}),
+        ("state", "scalar", {"normalize": True}),
+        ("gradient", "scalar", {"normalize": True}),
+        ("step", "scalar", {"normalize": True}),
+        ("step", "gated-delta", {"l2norm": True, "dtype": torch.float32}),
+    ],
+)
+def test_variants(kind, row, options):
+    check(kind, 90, row, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (128, 128), (64, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("row", ["scalar", "gated-delta", "kda"])
+def test_every_head_size(row, dtype, K, V, arch):
+    for kind in ("forward", "state", "gradient", *(("intra",) if row != "scalar" else ())):
+        check(kind, arch, row, K=K, V=V, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 120])
+@pytest.mark.parametrize("row", ["plain", "gated-delta", "gla"])
+def test_small_shared_memory(row, arch):
+    for kind in ("forward", "state", "gradient"):
+        check(kind, arch, row, K=128)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_lengths_do_not_specialize(kind):
+    """One compiled kernel serves every length: no value of a length may select another."""
+    kernel = KERNELS[kind]
+    fixed = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    assert fixed == LENGTHS & set(kernel.arg_names)
+
+
+def test_candidates():
+    """At most 8 tiles to measure for any choice, none twice."""
+    for kind in KERNELS:
+        for size in (1, 64, 96, 128, 256):
+            for dtype in NAMES:
+                for gate in (0, 1, 2):
+                    tiles = tk.candidates(kind, size, dtype, gate, False, 90)
+                    assert 1 <= len(tiles) == len(set(tiles)) <= 8

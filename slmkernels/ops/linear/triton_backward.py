@@ -52,7 +52,7 @@ def denominator_kernel(
     C: tl.constexpr, GATE: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dden [B, T, H] of one chunk and head, from o in float32, computed again."""
-    chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
+    chunk, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, start, length, t0 = locate(chunk, cu, T, N, C)
     hk = h // G
     if GATE > 0:
@@ -108,7 +108,7 @@ def state_kernel(
     """dS after each chunk of one sequence and head, BLOCK_V columns of it, and the initial state's."""
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V if V > 0 else 1
     column = tl.program_id(0) % blocks * BLOCK_V
-    h, n = tl.program_id(0) // blocks % H, tl.program_id(0) // (blocks * H)
+    h, n = (tl.program_id(0) // blocks % H).to(tl.int64), tl.program_id(0) // (blocks * H)
     b, start, length, first = span(n, cu, T, C)
     hk = h // G
     q += b * q_b + start * q_t + hk * q_h
@@ -180,7 +180,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """Every gradient of one chunk and key head. CONSTANT: decay is [H], its part is one number a chunk."""
     HK: tl.constexpr = H // G
-    chunk, hk = tl.program_id(0) // HK, tl.program_id(0) % HK
+    chunk, hk = tl.program_id(0) // HK, (tl.program_id(0) % HK).to(tl.int64)
     b, start, length, t0 = locate(chunk, cu, T, N, C)
     rows = tl.where(t0 < length, K, 0)  # of a state; a surplus chunk has none
     i, j, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, K_PAD)

@@ -88,7 +88,7 @@ def load_tokens(base, first, limit, stride, C: tl.constexpr):
     """One float32 number a token, zero outside."""
     r = tl.arange(0, C)
     base += tl.cast(first, tl.int64) * stride
-    return tl.load(base + r * stride, mask=first + r < limit, other=0.0).to(tl.float32)
+    return tl.load(base + r.to(tl.int64) * stride, mask=first + r < limit, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def store_tokens(base, x, first, limit, stride, C: tl.constexpr):
     """The inverse of `load_tokens`."""
     r = tl.arange(0, C)
     base += tl.cast(first, tl.int64) * stride
-    tl.store(base + r * stride, x, mask=first + r < limit)
+    tl.store(base + r.to(tl.int64) * stride, x, mask=first + r < limit)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def intra_kernel(
     GATE: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """M of one chunk and head and, with beta, Z."""
-    chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
+    chunk, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     b, start, length, t0 = locate(chunk, cu, T, N, C)
     hk = h // G
     q += b * q_b + start * q_t + hk * q_h
@@ -109,7 +109,7 @@ def forward_kernel(
     """o and the final state of one sequence and head, BLOCK_V columns of it."""
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V if V > 0 else 1
     column = tl.program_id(0) % blocks * BLOCK_V
-    h, n = tl.program_id(0) // blocks % H, tl.program_id(0) // (blocks * H)
+    h, n = (tl.program_id(0) // blocks % H).to(tl.int64), tl.program_id(0) // (blocks * H)
     b, start, length, first = span(n, cu, T, C)
     hk = h // G
     q += b * q_b + start * q_t + hk * q_h
@@ -190,7 +190,8 @@ def step_kernel(
     A program has a (batch row, head) and one of SPLIT shares of V. With a normaliser SPLIT is 1: the blocks
     of V all read it, and one program that walks over them writes it once all have.
     """
-    h, b = tl.program_id(0) // SPLIT % H, (tl.program_id(0) // (SPLIT * H)).to(tl.int64)
+    h = (tl.program_id(0) // SPLIT % H).to(tl.int64)
+    b = (tl.program_id(0) // (SPLIT * H)).to(tl.int64)
     share: tl.constexpr = (V + SPLIT * BLOCK_V - 1) // (SPLIT * BLOCK_V) * BLOCK_V
     hk, c = h // G, tl.arange(0, K_PAD)
     q += b * q_b + hk * q_h

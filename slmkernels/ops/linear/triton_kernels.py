@@ -55,9 +55,11 @@ def chunk_length(K: int, dtype: torch.dtype, gate: int, beta: bool, arch: int) -
 
 
 def segment_length(call) -> int:
-    """What `function.py` hands to the operators when a backward will follow: the chunk length."""
-    q = call.q
-    return chunk_length(q.shape[3], q.dtype, _gate(call.decay), call.beta is not None, architecture(q.device))
+    """1: the forward keeps what the backward needs. Operators find the chunk length themselves.
+
+    They know the GPU; here torch.compile looks on, which cannot ask for it.
+    """
+    return 1
 
 
 def candidates(kind: str, K: int, dtype: torch.dtype, gate: int, beta: bool, arch: int) -> list[tuple]:
@@ -110,15 +112,16 @@ def _launch(kernel, kind: str, grid, call: "_Sizes", args: list, **flags) -> Non
     """Run `kernel` on grid(BLOCK_V) programs; a 1-D grid, whose limit is 2^31 and not 65535."""
     choice = (kind, call.V, *call.choice())
     flags = call.constants(kernel) | flags
+    tile = config(*choice)
+    programs = grid(tile.get("BLOCK_V"))
+    if programs == 0:
+        return
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
         if AUTOTUNE and not INTERPRETED and kind != "step":
             tuned = _autotuned(kernel, *choice)
             tuned[lambda meta: (grid(meta.get("BLOCK_V")),)](*args, **flags)
         else:
-            tile = config(*choice)
-            programs = grid(tile.get("BLOCK_V"))
-            if programs > 0:
-                kernel[(programs,)](*args, **flags, **tile)
+            kernel[(programs,)](*args, **flags, **tile)
 
 
 # ---- sizes of a call ---------------------------------------------------------------------------------------
@@ -137,15 +140,21 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return strides
 
 
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """`architecture`, also of fake tensors on a GPU that is not there."""
+    return architecture(device) if torch.cuda.is_available() else 80
+
+
 class _Sizes:
     """Sizes and flags of one call, from its arguments or from fake ones."""
 
-    def __init__(self, q, v, decay, beta, cu_seqlens, normalize: bool, l2norm: bool, segment: int):
+    def __init__(self, q, v, decay, beta, cu_seqlens, normalize: bool, l2norm: bool, C: int = 0):
         self.q, self.dtype, self.device = q, q.dtype, q.device
         (self.B, self.T, self.HK, self.K), (self.H, self.V) = q.shape, v.shape[2:]
         self.gate, self.beta = _gate(decay), beta is not None
         self.normalize, self.l2norm = normalize, l2norm
-        self.C = segment or chunk_length(*self.choice())
+        self.C = C or chunk_length(*self.choice())
         per_row = (self.T + self.C - 1) // self.C
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.chunks = self.B * per_row if cu_seqlens is None else self.T // self.C + self.N
@@ -164,7 +173,7 @@ class _Sizes:
 
     def choice(self) -> tuple:
         """What selects a tile, beside the kernel and V."""
-        return self.K, self.dtype, self.gate, self.beta, architecture(self.device)
+        return self.K, self.dtype, self.gate, self.beta, _architecture(self.device)
 
     def columns(self, block: int) -> int:
         """Programs of a sweep: a sequence, a head and a block of V each."""
@@ -227,7 +236,7 @@ def forward(
     q, k, v, decay, beta, initial_state, initial_normalizer, cu_seqlens, scale, normalize, l2norm_qk, segment
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, state, normalizer, and what the backward needs, as bytes (none without `segment`)."""
-    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk, segment)
+    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk)
     o = v.new_empty(v.shape)
     state = v.new_empty(call.N, call.H, call.K, call.V, dtype=torch.float32)
     normalizer = v.new_empty((call.N, call.H, call.K) if normalize else 0, dtype=torch.float32)
@@ -256,7 +265,7 @@ def backward(
     scale, normalize, l2norm_qk, segment,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, decay, beta, initial_state and initial_normalizer; empty where one is absent."""
-    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk, segment)
+    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk)
     kept = call.split(checkpoints)
     gradients = fake_backward(
         do, dstate, dnormalizer, q, k, v, decay, beta, initial_state, initial_normalizer, cu_seqlens,
@@ -297,7 +306,7 @@ def backward(
 
 def step(q, k, v, decay, beta, state, normalizer, scale, l2norm_qk) -> Tensor:
     """Advance the state in place by q.shape[1] tokens, one launch."""
-    call = _Sizes(q, v, decay, beta, None, normalizer is not None, l2norm_qk, 0)
+    call = _Sizes(q, v, decay, beta, None, normalizer is not None, l2norm_qk)
     o = v.new_empty(v.shape)
     q, k, v, decay, beta = _readable(q, k, v, decay, beta)
     args = [q, k, v, decay, beta, state, normalizer, o, call.T, scale, *_strides(q, k, v, decay, beta)]
@@ -313,7 +322,7 @@ def step(q, k, v, decay, beta, state, normalizer, scale, l2norm_qk) -> Tensor:
 
 def fake_forward(q, k, v, decay, beta, state, normalizer, cu_seqlens, scale, normalize, l2norm_qk, segment):
     """Shapes of what `forward` returns."""
-    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk, segment)
+    call = _Sizes(q, v, decay, beta, cu_seqlens, normalize, l2norm_qk)
     return (
         v.new_empty(v.shape),
         v.new_empty(call.N, call.H, call.K, call.V, dtype=torch.float32),

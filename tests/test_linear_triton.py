@@ -228,7 +228,7 @@ def test_many_chunks():
 def test_operands_of_sixteen_bits(row, monkeypatch):
     """What bfloat16 does on a GPU, operands and kept states rounded, in the interpreter's 16 bits."""
     monkeypatch.setitem(tk.OPERANDS, torch.float16, "fp16")
-    compare(inputs(row, T=35, H=1), torch.float16)
+    compare(inputs(row, T=35, H=1), torch.float16, l2norm_qk=row == "gated-delta")
 
 
 @pytest.mark.parametrize("row", ["scalar", "delta"])

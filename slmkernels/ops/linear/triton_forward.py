@@ -31,7 +31,10 @@ in float32.
 Layout: q, k [B, T, Hk, K], v, o [B, T, H, V], any strides but the last, which is 1; states [N, H, K, V]
 float32, contiguous. K is padded to a power of two inside the tile. What multiplies a stride is int64.
 
-Missing: a split over the sequence for few heads, B H V / 32 programs being fewer than processors.
+Missing: a split over the sequence where B H V / BLOCK_V programs are fewer than processors; for a gate a
+channel, pairs of distant tokens by a product of two factors about a boundary between them, which would take
+their exponentials from C K a token to 16 K and allow chunks of 64 (Yang et al. 2024, GLA, section 4.3). No
+figure stands here, since none of this has run on a GPU yet.
 """
 
 import triton

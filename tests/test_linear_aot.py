@@ -124,20 +124,20 @@ def assemble(ptx: str, arch: int) -> dict[str, int]:
 
 
 def spill_limit(kind: str, row: str, K: int, dtype: torch.dtype, arch: int) -> int:
-    """Bytes a thread may store to and load back from local memory, both counted; 0 up to K = 64.
+    """Bytes a thread may store to and load back from local memory, both counted; 0 up to K = 64, but on 10.x.
 
     A state's columns, what reads and writes them and their products fill the registers from K = 128 on. Known
-    and left: float32 (no tensor cores, whose products hold whole operands in registers), most of all KDA at
+    and left: float32 (no tensor cores, whose products hold whole operands in registers), most of all with beta at
     K = 256, and float16, whose TensorFloat-32 operands take twice the room.
     """
     size = triton_support.padded(K)
-    if size <= 64:
-        return 0
+    if size <= 64 and dtype != torch.float32:
+        return 32 if arch >= 100 else 0
     if dtype == torch.float32:
-        return 320 if size == 128 else 12000 if row == "kda" else 1300
+        return 320 if size <= 128 else 12000 if ROWS[row][1] else 1500
     if dtype == torch.float16:
         return 800
-    return 160 if size == 128 else 400
+    return 160 if size == 128 else 448
 
 
 def check(kind: str, arch: int, row: str, limit: int | None = None, **options) -> dict:

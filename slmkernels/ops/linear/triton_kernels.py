@@ -74,10 +74,10 @@ def candidates(kind: str, K: int, dtype: torch.dtype, gate: int, beta: bool, arc
     if kind == "step":
         return [{64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)}[size]]
     if kind in ("forward", "state"):
-        first = (16, 8, 1) if exact or size == 256 else (32, 4, 1) if size == 64 else (32, 8, 1)
+        first = (16, 8, 1) if exact or size == 256 else (32, 4, 2) if size == 64 else (32, 8, 2)
         others = [(16, 4, 1), (32, 4, 1), (32, 8, 1)]
         if not exact:
-            others += [(32, 4, 2), (64, 4, 1), (64, 8, 1), (64, 8, 2)]
+            others += [(32, 4, 2), (64, 4, 1), (64, 8, 2)]
     else:
         first = (16, 8, 1) if exact or size > 128 else (32, 8, 1)
         others = [(16, 4, 1), (32, 4, 1), (32, 8, 1)]

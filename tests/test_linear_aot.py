@@ -127,8 +127,8 @@ def spill_limit(kind: str, row: str, K: int, dtype: torch.dtype, arch: int) -> i
     """Bytes a thread may store to and load back from local memory, both counted; 0 up to K = 64, but on 10.x.
 
     A state's columns, what reads and writes them and their products fill the registers from K = 128 on. Known
-    and left: float32 (no tensor cores, whose products hold whole operands in registers), most of all with beta at
-    K = 256, and float16, whose TensorFloat-32 operands take twice the room.
+    and left: float32 (without tensor cores products hold whole operands in registers), most of all with beta
+    at K = 256, and float16, whose TensorFloat-32 operands take twice the room.
     """
     size = triton_support.padded(K)
     if size <= 64 and dtype != torch.float32:

@@ -24,8 +24,29 @@ class Function(torch.autograd.Function):
         cls.eager = type(torch.autograd.Function)(f"Eager{cls.__name__}", (torch.autograd.Function,), members)
 
 
+def _refuse_nested_gradients() -> None:
+    """`once_differentiable` does not see torch.func's levels: a second gradient would silently be 0."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == torch._C._functorch.TransformType.Grad for level in levels) > 1:
+        raise NotImplementedError(
+            "slmkernels' gradients are of first order: torch.func.grad cannot be nested"
+        )
+
+
+def mark_changed(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that an operator has written into these, as torch's own in-place operations do."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
 def apply_function(function: type[Function], *args):
     """`function.apply(*args)` by the quickest way that the surroundings allow."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        _refuse_nested_gradients()
         return function.apply(*args)
     return function.eager.apply(*args)

@@ -16,6 +16,8 @@ def describe(value) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{dtype}{list(value.shape)} on {value.device}"
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+        return f"({', '.join(map(describe, value))})"
     return f"{value!r} ({type(value).__name__})"
 
 

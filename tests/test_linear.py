@@ -311,6 +311,43 @@ def test_nan_stays_in_its_sequence_and_head(row):
 
 
 @needs_native
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("row", ROWS)
+def test_nan_does_not_run_backwards_in_time(row, value):
+    tensors, options = make(row, T=70, K=16, V=16, states=True)
+    clean = run(tensors, NATIVE, **options)["o"]
+    for name in ("q", "k", "v"):
+        spoilt = {**tensors, name: tensors[name].clone()}
+        spoilt[name][0, 41, 0] = value
+        assert torch.equal(run(spoilt, NATIVE, **options)["o"][0, :41], clean[0, :41]), name
+
+
+@needs_native
+@pytest.mark.parametrize("row", ["simple gla", "gla"])
+def test_weak_decays_over_many_tokens(row):
+    """The rounding of a gate near 1 must not add up in the state."""
+    tensors, _ = make(row, T=12000, H=1, K=8, V=8)
+    tensors["decay"] = -1e-4 * torch.rand_like(tensors["decay"])
+    tensors = rounded(tensors, torch.float32)
+    exact_o = linear_attention(
+        *(tensors[name].double() for name in "qkv"), decay=tensors["decay"].double(), backend="reference"
+    )
+    o = linear_attention(*(tensors[name] for name in "qkv"), decay=tensors["decay"], backend="native")
+    assert (o - exact_o).abs().max() < 3e-6 * exact_o.abs().max()
+
+
+@needs_native
+def test_nested_gradients_are_refused():
+    def inner(q):
+        return (linear_attention(q, q, q, backend="native") ** 2).sum()
+
+    q = torch.randn(1, 5, 1, 4)
+    assert torch.func.grad(inner)(q).abs().max() > 0
+    with pytest.raises(NotImplementedError, match="first order"):
+        torch.func.grad(lambda x: torch.func.grad(inner)(x).square().sum())(q)
+
+
+@needs_native
 @two_dtypes
 @every_variant
 @pytest.mark.parametrize("cut", [1, 16, 37, 64, 99])
@@ -641,6 +678,8 @@ def zeros(*shape, **options):
 META = {"device": "meta"}
 STATE, NORMALIZER = (2, 4, 16, 12), (2, 4, 16)
 BAD = {
+    "v without heads": (good(v=zeros(2, 8, 0, 12)), ValueError, "v is"),
+    "v without channels": (good(v=zeros(2, 8, 4, 0)), ValueError, "v is"),
     "q is no tensor": (good(q=[1.0]), TypeError, "q is"),
     "q of ints": (good(q=torch.ones(2, 8, 2, 16, dtype=torch.int64)), TypeError, "q is int64"),
     "q with three dimensions": (good(q=zeros(2, 8, 16)), ValueError, r"q is float32\[2, 8, 16\]"),
@@ -688,7 +727,7 @@ BAD = {
     "no pair with normalize": (good(initial_state=zeros(STATE), normalize=True), TypeError, "a pair"),
     "a pair of one": (good(initial_state=(zeros(STATE),), normalize=True), TypeError, "a pair"),
     "normaliser of another size": (
-        good(initial_state=(zeros(STATE), zeros(2, 4, 12)), normalize=True), ValueError, "initial_state is",
+        good(initial_state=(zeros(STATE), zeros(2, 4, 12)), normalize=True), ValueError, r"initial_state\[1\] is",
     ),
     "cu_seqlens with a batch": (
         good(cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)), ValueError, "q is .* batch 1",

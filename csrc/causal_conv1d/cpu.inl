@@ -81,7 +81,8 @@ SLM_INLINE void store_channels(E* p, Vec<F> x, int64_t n) {
 }
 
 // s = 1 / (1 + e^-z) and 1 - s, which is e^-z s: no difference loses digits. The exponent is kept where 2^x
-// is a normal number: s stops falling at 2^-126 (double: 2^-1022), which no sum notices; NaN stays.
+// is a normal number: s and 1 - s stop falling at 2^-126 (double: 2^-1022), so what multiplies them is
+// `bounded`. NaN stays.
 template <typename F>
 SLM_INLINE void sigmoid(Vec<F> z, Vec<F>& s, Vec<F>& rest) {
     const Vec<F> x = z * -kLog2e<F>;
@@ -110,17 +111,21 @@ SLM_INLINE void sigmoid(Vec<F> z, Vec<F>& s, Vec<F>& rest) {
 }
 
 template <typename F>
+constexpr F kFar = F(10000);  // e^-z is 0 long before, in double too
+
+template <typename F>
 SLM_INLINE Vec<F> silu(Vec<F> z) {
     Vec<F> s, rest;
     sigmoid<F>(z, s, rest);
-    return z * s;
+    return vmax<F>(splat<F>(-kFar<F>), z) * s;
 }
 
 template <typename F>
 SLM_INLINE Vec<F> silu_slope(Vec<F> z) {
     Vec<F> s, rest;
     sigmoid<F>(z, s, rest);
-    return s * (F(1) + z * rest);
+    const Vec<F> low = vmax<F>(splat<F>(-kFar<F>), z), bounded = low > kFar<F> ? splat<F>(kFar<F>) : low;
+    return s * (F(1) + bounded * rest);
 }
 
 // ---- forward

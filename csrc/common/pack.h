@@ -8,8 +8,8 @@ namespace {
 template <typename P>
 constexpr int kPair = std::is_same_v<typename P::B, uint32_t> ? 2 : 1;  // values of k in one step of P
 
-// X^T of `rows` rows x [rows][D], as the B operand of P: out[D / kPair][width]; columns from `rows` to the end
-// of their register are zeros.
+// X^T of `rows` rows x [rows][D], as the B operand of P: out[D / kPair][width]; columns from `rows` to the
+// end of their register are zeros.
 template <typename P, typename E>
 SLM_INLINE void pack_transposed(const E* x, int64_t stride, int64_t rows, int64_t D, typename P::B* out,
                                 int64_t width) {

@@ -115,8 +115,8 @@ __attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, const typen
 //
 //     x[r] += sum_{s < r} A[r][s] * u[s]        u[r] = factor[r] * x[r]
 //
-// Rows of x and u are contiguous, `row` apart; negative strides run from the last row upwards. A block of rows
-// first takes in all rows before it, as the tile kernel does, and solves its own corner in registers.
+// Rows of x and u are contiguous, `row` apart; negative strides run from the last row upwards. A block of
+// rows first takes in all rows before it, as the tile kernel does, and solves its own corner in registers.
 template <typename F, int M, int N>
 SLM_INLINE void solve_tile(int64_t r0, const F* a, int64_t a_row, int64_t a_step, const F* factor,
                            int64_t factor_step, F* x, F* u, int64_t row) {

@@ -8,16 +8,17 @@
 //     dM = y U^T,   dx = dM k + e^G (y S^T),   dk = dM^T x + e^{G_C - G} (U dS^T)
 //     dS <- e^{G_C} dS + (x e^G)^T y
 //
-// No division by beta or by a gate anywhere. The state before each chunk is needed: the forward keeps one every
-// `segment` tokens, and a segment's chunks are run through again (without q), their states held in cache.
-// States and dS lie transposed here, [V][K]: they are then B or A operands of every product as they lie, and
-// what is transposed in a chunk are rows (keys, values, one product), not states. Denominators are computed again, in F: the saved
-// output is rounded to E.
+// No division by beta or by a gate anywhere. The state before each chunk is needed: the forward keeps one
+// every `segment` tokens, and a segment's chunks are run through again (without q), their states held in
+// cache. States and dS lie transposed here, [V][K]: they are then B or A operands of every product as they
+// lie, and what is transposed in a chunk are rows (keys, values, one product), not states. Denominators are
+// computed again, in F: the saved output is rounded to E.
 //
 // Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.
-// The diagonal is left out: no gate scales it. What crosses the chunk's edges is summed so that nothing cancels:
-// reads from t on, writes before t, and <dS, e^{G_C} S>; with one gate a head also what stays inside (`finish`):
-// the gradient of a constant gate sums over all tokens, and an error that they share would be T times as large.
+// The diagonal is left out: no gate scales it. What crosses the chunk's edges is summed so that nothing
+// cancels: reads from t on, writes before t, and <dS, e^{G_C} S>; with one gate a head also what stays inside
+// (`finish`): the gradient of a constant gate sums over all tokens, and an error that they share would be T
+// times as large.
 
 constexpr int64_t kMostRows = 64;  // of a chunk
 
@@ -83,7 +84,7 @@ struct Backward {
         den = arena.take<F>(C);
         crossing = arena.take<F>(C);
         inside = arena.take<F>(C);
-        carry = arena.take<F>(2 * Kp);
+        carry = arena.take<F>(Kp);
     }
 
     // Tasks first .. first + count, all of one sequence, segment by segment (see forward.inl).
@@ -160,8 +161,8 @@ struct Backward {
         }
     }
 
-    // to [m][Vp] = rows x [m][Kp] times the state. Rows are the lanes of the product, so that the state is read
-    // as it lies; the result is transposed back. `x` is k itself where nothing is gated.
+    // to [m][Vp] = rows x [m][Kp] times the state. Rows are the lanes of the product, so that the state is
+    // read as it lies; the result is transposed back. `x` is k itself where nothing is gated.
     void meet(Chunk<F>& chunk, const F* state, const F* x, int64_t columns, F* to) {
         const int64_t m = chunk.m;
         const F* lanes = chunk.packed;  // mix has left k there
@@ -319,9 +320,9 @@ struct Backward {
         }
     }
 
-    // Row i of dM: masked and, with one gate a head, decayed, after its share of the gates' gradient is taken. Rows
-    // come from the last to the first: `crossing` sums over the rows so far the products with key j (lanes), so
-    // that those with j < i are the pairs whose decay has gate i in it. Nothing cancels.
+    // Row i of dM: masked and, with one gate a head, decayed, after its share of the gates' gradient is
+    // taken. Rows come from the last to the first: `crossing` sums over the rows so far the products with key
+    // j (lanes), so that those with j < i are the pairs whose decay has gate i in it. Nothing cancels.
     SLM_INLINE void finish(const Chunk<F>& chunk, int64_t i, int halves) {
         const int64_t end = (i / kSub + 1) * kSub;
         Vec<F> share{};
@@ -353,8 +354,8 @@ struct Backward {
         multiply(carry, carry, chunk.total, Kp);
         const int64_t parts = p.parts();
         if (!chunk.channel) {
-            // In double: an error of these sums would be the same for all tokens after or before, and add up in
-            // the gradient of a constant gate.
+            // In double: an error of these sums would be the same for all tokens after or before, and add up
+            // in the gradient of a constant gate.
             double sum = 0, shares[kMostRows];
             for (int64_t d = 0; d < Kp; ++d) sum += double(carry[d]);
             for (int64_t i = 0; i < m; ++i) {  // writes before i

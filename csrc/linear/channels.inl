@@ -1,15 +1,20 @@
-// Gates per channel: M_ij = sum_c x_ic k_jc exp(G_ic - G_jc) is no matrix product, since the factor cannot be
-// split between x and k with both parts bounded, unless a position between j and i splits the exponent (Yang
-// et al. 2024, GLA, section 4.3). So:
-//   - blocks of kSub tokens on the diagonal, pair by pair: down from j = i - 1 a product of gates runs along in
-//     registers, f = exp(G_i - G_j), one multiplication a pair and register, and no exponential;
-//   - two neighbouring ranges of s = 16, 32, ... tokens meet at the end of the first: with x e^G from the start
-//     of the second and k e^G up to the end of the first it is a matrix product. Going from s to 2 s multiplies
-//     the rows by the other range's whole decay. At the top they are xr and kw, as they meet the state.
-// Every factor is a product of gates <= 1: what underflows is negligible. Exponentials: one a gate.
-// The backward runs the same levels with dM in hand, since it needs xr and kw of each level.
+// Gates per channel: M_ij = sum_c x_ic k_jc exp(G_ic - G_jc) is no matrix product, since the factor cannot
+// be split between x and k with both parts bounded, unless a position between j and i splits the exponent
+// (Yang et al. 2024, GLA, section 4.3). So:
+//   - blocks of kSub tokens on the diagonal, pair by pair: down from j = i - 1 a product of gates runs
+//     along in registers, f = exp(G_i - G_j), one multiplication a pair and register, and no
+//     exponential;
+//   - two neighbouring ranges of s = 16, 32, ... tokens meet at the end of the first: with x e^G from
+//     the start of the second and k e^G up to the end of the first it is a matrix product. Going from
+//     s to 2 s multiplies the rows by the other range's whole decay. At the top they are xr and kw, as
+//     they meet the state.
+// Every factor is a product of gates <= 1: what underflows is negligible. Exponentials: one a gate, and one
+// a chunk and channel for e^{G_C}, which must not be a product: over thousands of tokens with gates near 1
+// the rounding of each gate would add up in the state (T = 20000, gates of -1e-4: an error of 3e-5 instead
+// of 7e-7). The backward runs the same levels with dM in hand, since it needs xr and kw of each level.
 
-// dM, and what it gives: dx of the readers and dk of the keys, without the diagonal j = i, which no gate scales.
+// dM, and what it gives: dx of the readers and dk of the keys, without the diagonal j = i, which no gate
+// scales.
 template <typename F>
 struct ChannelGradient {
     const F* dM;  // [2m][C]
@@ -20,15 +25,21 @@ struct ChannelGradient {
 template <typename F>
 void read_channel_gates(Chunk<F>& chunk, int64_t b, int64_t t, int64_t h) {
     const LinearProblem& p = chunk.p;
+    fill_zero(chunk.total, chunk.Kp);
     for (int64_t i = 0; i < chunk.m; ++i) {
         F* gate = chunk.gate + i * chunk.Kp;
         if (i < chunk.n)
             widen_row<F>(static_cast<const F*>(p.decay) + ((b * p.T + t + i) * p.H + h) * p.K, gate, p.K);
         else
             fill_zero(gate, chunk.Kp);
-        for (int64_t d = 0; d < chunk.Kp; d += kLanes<F>)
-            storeu<F>(gate + d, exp2_nonpositive<F>(loadu<F>(gate + d) * kLog2e<F>));
+        for (int64_t d = 0; d < chunk.Kp; d += kLanes<F>) {
+            const Vec<F> exponent = loadu<F>(gate + d) * kLog2e<F>;
+            storeu<F>(chunk.total + d, loadu<F>(chunk.total + d) + exponent);
+            storeu<F>(gate + d, exp2_nonpositive<F>(exponent));
+        }
     }
+    for (int64_t d = 0; d < chunk.Kp; d += kLanes<F>)
+        storeu<F>(chunk.total + d, exp2_nonpositive<F>(loadu<F>(chunk.total + d)));
 }
 
 // Row i of a diagonal block that starts at s, N registers of channels: partial sums of products, [2][kSub]
@@ -185,5 +196,4 @@ void mix_channels(Chunk<F>& chunk, Readers readers, ChannelGradient<F>* gradient
                 }
             }
         }
-    for (int64_t d = 0; d < Kp; d += L) storeu<F>(chunk.total + d, loadu<F>(into + (m - 1) * Kp + d));
 }

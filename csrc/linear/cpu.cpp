@@ -1,5 +1,5 @@
-// The CPU operators of linear attention: check tensors, lay out the work, hand it to the kernels of the tier in
-// use.
+// The CPU operators of linear attention: check tensors, lay out the work, hand it to the kernels of the tier
+// in use.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -34,15 +34,15 @@ const slm::LinearKernels& kernels() {
     return slm::linear_portable;
 }
 
-// Tokens a chunk, whatever the problem. On two Zen 4 cores, forward + backward in ms for chunks of 16, 32, 64 tokens
-// (B = 1, 8 heads): plain T = 4096, K = V = 64: 29, 24, 36; 128: 94, 73, 68; gated delta T = 2048, 64: 22, 19, 19;
-// T = 4096, 128: 118, 102, 116; GLA 19, 14, 19; KDA 26, 21, 29. Short chunks read and write the state more often, long
-// ones compute larger triangles.
+// Tokens a chunk, whatever the problem. On two Zen 4 cores, forward + backward in ms for chunks of 16, 32, 64
+// tokens (B = 1, 8 heads): plain T = 4096, K = V = 64: 29, 24, 36; 128: 94, 73, 68; gated delta T = 2048, 64:
+// 22, 19, 19; T = 4096, 128: 118, 102, 116; GLA 19, 14, 19; KDA 26, 21, 29. Short chunks read and write the
+// state more often, long ones compute larger triangles.
 constexpr int64_t kChunk = 32;
 
-// Value columns a task: cut where heads are fewer than `wanted`, as long as 32 columns are left. A forward's bits do
-// not depend on the cut, so it asks for a task a thread. A backward sums over columns, and asks for a few in any
-// case: its bits must not know the number of threads.
+// Value columns a task: cut where heads are fewer than `wanted`, as long as 32 columns are left. A forward's
+// bits do not depend on the cut, so it asks for a task a thread. A backward sums over columns, and asks for a
+// few in any case: its bits must not know the number of threads.
 constexpr int64_t kFewTasks = 4;
 
 int64_t task_columns(int64_t heads, int64_t V, int64_t wanted) {
@@ -94,7 +94,8 @@ void check_tokens(const Tensor& q, const Tensor& k, const Tensor& v) {
     for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(k.size(d) == q.size(d), "k must have q's shape");
     STD_TORCH_CHECK(v.size(0) == q.size(0) && v.size(1) == q.size(1), "v must have q's batch and length");
     STD_TORCH_CHECK(q.size(2) > 0 && v.size(2) % q.size(2) == 0, "q's heads must divide v's heads");
-    STD_TORCH_CHECK(q.size(3) > 0, "q must have a head dimension of at least 1");
+    STD_TORCH_CHECK(q.size(3) > 0 && v.size(2) > 0 && v.size(3) > 0,
+                    "heads and head dimensions must be at least 1");
 }
 
 Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& decay,
@@ -254,6 +255,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Optional decay, Optional beta, Tensor state,
             Optional normalizer, double scale, bool l2norm) {
     check_tokens(q, k, v);
+    STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite");
     slm::LinearStep s{};
     s.dtype = dtype_of(q);
     const ScalarType exact = statistics_type(s.dtype);

@@ -2,18 +2,18 @@
 // backward.inl and step.inl tell how each direction works.
 //
 // A task is one head of one sequence (and, where heads are few, some of its value columns). It walks over
-// chunks of C tokens with the state S [K][V] in cache. Inside a chunk, with G the sum of the log gates from its
-// start (Yang et al. 2024, GLA, section 4; DeltaNet, section 3.2; Gated DeltaNet, section 3.3):
+// chunks of C tokens with the state S [K][V] in cache. Inside a chunk, with G the sum of the log gates from
+// its start (Yang et al. 2024, GLA, section 4; DeltaNet, section 3.2; Gated DeltaNet, section 3.3):
 //
 //     M_ij = sum_c x_ic k_jc exp(G_ic - G_jc)                 for the readers x: q, and with beta also k
 //     W_i  = v_i - (k e^G)_i S - sum_{j<i} MK_ij U_j,  U = beta W      with beta: a unit triangle is solved
 //     U    = V                                                         without
 //     O    = scale ((q e^G) S + M U)                           S <- e^{G_C} S + (k e^{G_C - G})^T U
 //
-// So the delta rule's keys are readers of the state like queries, one stack [q; k] of rows, and every row of the
-// table of models is the same few products with some left out. All of it is computed in F (float, or double)
-// whatever the storage type E: rows are converted as they are copied into scratch. The copy pays for itself:
-// rows of one head lie H D apart, which maps a chunk onto few sets of the first cache.
+// So the delta rule's keys are readers of the state like queries, one stack [q; k] of rows, and every row of
+// the table of models is the same few products with some left out. All of it is computed in F (float, or
+// double) whatever the storage type E: rows are converted as they are copied into scratch. The copy pays for
+// itself: rows of one head lie H D apart, which maps a chunk onto few sets of the first cache.
 //
 // Triangles are cut into steps of kSub = 16 rows, each as long as its last row needs.
 //
@@ -50,6 +50,13 @@ SLM_INLINE F dot(const F* a, const F* b, int64_t width) {
     Vec<F> sum{};
     for (int64_t d = 0; d < width; d += kLanes<F>) sum += loadu<F>(a + d) * loadu<F>(b + d);
     return reduce_add<F>(sum);
+}
+
+template <typename F>
+SLM_INLINE bool finite(const F* x, int64_t n) {
+    Vec<F> sum{};
+    for (int64_t d = 0; d < n; d += kLanes<F>) sum += loadu<F>(x + d) * F(0);
+    return reduce_add<F>(sum) == F(0);  // 0 times NaN or infinity is NaN
 }
 
 template <typename F>
@@ -121,8 +128,8 @@ struct Readers {
     int first, last;
 };
 
-// Asks for the rows that the chunk to come reads and writes, a few at a time between products: the rows of one
-// head lie H D apart, which the hardware's own prefetchers do not follow.
+// Asks for the rows that the chunk to come reads and writes, a few at a time between products: the rows of
+// one head lie H D apart, which the hardware's own prefetchers do not follow.
 struct Ahead {
     struct Tensor {
         char* rows;

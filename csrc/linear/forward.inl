@@ -1,7 +1,8 @@
 // Forward: one pass over the chunks of a task.
 //
-// Tasks of one sequence walk together, chunk by chunk, as many as their states fit in cache: the rows of a token's
-// heads are neighbours in memory. (One after another, each head touches every page of q, k and v again.)
+// Tasks of one sequence walk together, chunk by chunk, as many as their states fit in cache: the rows of a
+// token's heads are neighbours in memory. (One after another, each head touches every page of q, k and v
+// again.)
 
 constexpr int64_t kTogetherBytes = int64_t(1) << 18;  // of states
 
@@ -87,8 +88,10 @@ struct Forward {
             chunk.ahead.fetch(6);
         }
         if (chunk.delta) chunk.solve_delta(o + m * Vp);
-        for (int64_t i = 0; i < m; i += kSub)
-            gemm<Fma<F>, true>(kSub, Vp / L, i + kSub, chunk.M + i * C, C, 1, chunk.u, Vp, o + i * Vp, Vp);
+        // Zeros of M times a NaN would carry it to rows before its own: then row by row.
+        const int64_t step = finite(chunk.u, m * Vp) ? kSub : 1;
+        for (int64_t i = 0; i < m; i += step)
+            gemm<Fma<F>, true>(step, Vp / L, i + step, chunk.M + i * C, C, 1, chunk.u, Vp, o + i * Vp, Vp);
         for (int64_t i = 0; i < n; ++i) {
             const F factor = z ? F(1) / denominator(chunk, z, i) : F(p.scale);
             narrow_scaled<F>(o + i * Vp, p.o.at<E>(s.b, s.t.begin + t + i, own.h) + own.column, factor,

@@ -45,8 +45,8 @@ struct LinearProblem {
     }
 };
 
-// Sums over heads of a group and over `parts` go through `sums`: dq and dk [B, T, Hk, group * parts, K],
-// the gates' gradients [B, T, H, parts(, K)]. Where there is one summand each is the result itself.
+// Sums over heads of a group and over `parts` go through `sums`: dq and dk [B, T, Hk, group * parts, K], the
+// gates' gradients [B, T, H, parts(, K)]. Where there is one summand dq and dk are the results themselves.
 struct LinearGradient {
     LinearProblem problem;
     Rows dout, dv;

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...autocast import autocasts, without_autocast
+from ...autograd import mark_changed
 from ...dispatch import Operation, register
 from ...validation import FLOATS, check_float_tensor, fail
 from . import reference
@@ -54,6 +55,8 @@ def prepare(x, state, weight, bias=None, *, activation=None, backend=None) -> St
         check_state("state", state, x, weight, x.shape[0])
         if state.stride(2) != 1 and state.shape[2] > 1:
             fail("state", state, f"a stride of 1, not {state.stride(2)}, along C: it is updated in place")
+        if any(state.stride(d) == 0 and state.shape[d] > 1 for d in (0, 1)):
+            fail("state", state, f"memory of its own for each row, not strides {state.stride()}")
     if torch.is_grad_enabled():
         for name, tensor in (("x", x), ("state", state), ("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
@@ -90,12 +93,13 @@ def causal_conv1d_step(
     """
     call = prepare(x, state, weight, bias, activation=activation)
     chosen = OPERATION.choose(call, backend)
-    if chosen == "native":
-        return torch.ops.slmkernels.causal_conv1d_step.default(*call)
-    if chosen == "triton":
-        return torch.ops.slmkernels.triton_causal_conv1d_step.default(*call)
-    with without_autocast(x):
-        return reference.causal_conv1d_step(*call)
+    if chosen == "reference":
+        with without_autocast(x):
+            return reference.causal_conv1d_step(*call)
+    prefix = "triton_" if chosen == "triton" else ""
+    y = getattr(torch.ops.slmkernels, f"{prefix}causal_conv1d_step").default(*call)
+    mark_changed(call.state)
+    return y
 
 
 def _fake_step(x, state, weight, bias, silu):

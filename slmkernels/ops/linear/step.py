@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...autocast import without_autocast
+from ...autograd import mark_changed
 from ...dispatch import Operation, register
 from ...validation import check_number, fail
 from . import reference
@@ -103,7 +104,9 @@ def linear_attention_step(
                 x.copy_(y)
         return o
     prefix = "triton_" if chosen == "triton" else ""
-    return getattr(torch.ops.slmkernels, f"{prefix}linear_attention_step").default(*call)
+    o = getattr(torch.ops.slmkernels, f"{prefix}linear_attention_step").default(*call)
+    mark_changed(call.state, call.normalizer)
+    return o
 
 
 if native.HAS_CPU:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...autocast import autocasts, without_autocast
+from ...autograd import mark_changed
 from ...dispatch import Operation, register
 from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
 from . import reference
@@ -176,7 +177,9 @@ def sliding_window_attention_step(
             return op(q, k, v, *rings, sinks, call.scale, call.softcap)
     prefix = "triton_" if chosen == "triton" else ""
     op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_step").default
-    return op(q, k, v, *rings, sinks, call.scale, call.softcap or 0.0)
+    o = op(q, k, v, *rings, sinks, call.scale, call.softcap or 0.0)
+    mark_changed(*rings)
+    return o
 
 
 if native.HAS_CPU:

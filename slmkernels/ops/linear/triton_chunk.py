@@ -25,7 +25,7 @@ LOWEST = tl.constexpr(-200.0)
 
 
 @triton.jit
-def span(n, cu, T, C: tl.constexpr):
+def span(n, cu, T, C):
     """Sequence n -> batch row, first token, length, number of its first chunk among all chunks.
 
     Packed, sequence n owns the chunks from cu[n] // C + n up to the same of n + 1: enough of them for any
@@ -42,8 +42,8 @@ def span(n, cu, T, C: tl.constexpr):
 
 
 @triton.jit
-def locate(chunk, cu, T, N, C: tl.constexpr):
-    """Chunk number -> batch row, the sequence's first token and length, the chunk's first token in it."""
+def owner(chunk, cu, T, N, C):
+    """Chunk number -> the sequence that owns it, by `span`'s numbers."""
     if cu is None:
         n = chunk // tl.cdiv(T, C)
     else:
@@ -53,6 +53,13 @@ def locate(chunk, cu, T, N, C: tl.constexpr):
             before = tl.load(cu + middle) // C + middle <= chunk
             n = tl.where(before, middle, n)
             high = tl.where(before, high, middle)
+    return n
+
+
+@triton.jit
+def locate(chunk, cu, T, N, C):
+    """Chunk number -> batch row, the sequence's first token and length, the chunk's first token in it."""
+    n = owner(chunk, cu, T, N, C)
     b, start, length, first = span(n, cu, T, C)
     return b, start, length, (chunk - first.to(tl.int32)) * C
 

@@ -31,10 +31,17 @@ in float32.
 Layout: q, k [B, T, Hk, K], v, o [B, T, H, V], any strides but the last, which is 1; states [N, H, K, V]
 float32, contiguous. K is padded to a power of two inside the tile. What multiplies a stride is int64.
 
-Missing: a split over the sequence where B H V / BLOCK_V programs are fewer than processors; for a gate a
-channel, pairs of distant tokens by a product of two factors about a boundary between them, which would take
-their exponentials from C K a token to 16 K and allow chunks of 64 (Yang et al. 2024, GLA, section 4.3). No
-figure stands here, since none of this has run on a GPU yet.
+Split over the sequence: without beta and with at most one gate a token, a segment's last state is what it
+adds plus its decay times the state before it. Where programs are few and sequences long (the launcher's
+`split_length`, from shapes alone) there are three launches: `forward_kernel` without o, a program per
+(segment, head, block of V), for what each adds; `scan_kernel`, for the state each starts with; and
+`forward_kernel` from those states, for o. k and v are read twice, and a state a segment is written and read
+twice. With beta the decay would be a [K, K] matrix: a single sweep, as with a gate a channel.
+
+Missing: the same split of the backward's sweep; for a gate a channel, pairs of distant tokens by a product of
+two factors about a boundary between them, which would take their exponentials from C K a token to 16 K and
+allow chunks of 64 (Yang et al. 2024, GLA, section 4.3). No figure stands here, since none of this has run on
+a GPU yet.
 """
 
 import triton
@@ -51,6 +58,7 @@ from .triton_chunk import (
     locate,
     of_state,
     one_key,
+    owner,
     pairs,
     product,
     span,
@@ -102,18 +110,30 @@ def intra_kernel(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def forward_kernel(
-    q, k, v, decay, beta, state0, normalizer0, cu, m, z, o, state, normalizer,
-    kept_state, kept_normalizer, kept_den, kept_w, T, N, scale,
+    q, k, v, decay, beta, state0, normalizer0, cu, m, z, o, state, normalizer, fade,
+    kept_state, kept_normalizer, kept_den, kept_w, T, N, segment, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, b_b, b_t, b_h,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr,
     C: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr, L2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """o and the final state of one sequence and head, BLOCK_V columns of it."""
+    """o and the final state of one sequence and head, BLOCK_V columns of it.
+
+    With `segment`, of that many tokens of a sequence; states are then one a segment. Without o only the
+    state, and into `fade` exp(the sum of the gates); without `state` only o.
+    """
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V if V > 0 else 1
     column = tl.program_id(0) % blocks * BLOCK_V
-    h, n = (tl.program_id(0) // blocks % H).to(tl.int64), tl.program_id(0) // (blocks * H)
-    b, start, length, first = span(n, cu, T, C)
+    h, part = (tl.program_id(0) // blocks % H).to(tl.int64), tl.program_id(0) // (blocks * H)
+    if segment is None:
+        b, start, length, first = span(part, cu, T, C)
+    else:
+        n = owner(part, cu, T, N, segment)
+        b, start, length, first = span(n, cu, T, segment)
+        before = (part - first.to(tl.int32)) * segment  # tokens of the sequence
+        b, start, length, first = span(n, cu, T, C)
+        start, first = start + before, first + before // C
+        length = tl.minimum(length - before, segment)  # below 0 in a surplus segment
     hk = h // G
     q += b * q_b + start * q_t + hk * q_h
     k += b * k_b + start * k_t + hk * k_h
@@ -123,7 +143,7 @@ def forward_kernel(
     if beta is not None:
         beta += b * b_b + start * b_t + h * b_h
     row = (b * T + start) * H + h  # of what is kept for each token
-    place = n.to(tl.int64) * H + h
+    place = part.to(tl.int64) * H + h
     c = tl.arange(0, K_PAD)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
 
@@ -134,25 +154,28 @@ def forward_kernel(
         sums = tl.zeros([K_PAD], tl.float32)
         if normalizer0 is not None:
             sums = tl.load(normalizer0 + place * K + c, mask=c < K, other=0.0)
-    for index in range(tl.cdiv(length, C)):
+    faded = 1.0  # the product of the chunks' `total`
+    for index in range(tl.cdiv(tl.maximum(length, 0), C)):
         t0 = index * C
         at = (first + index) * H + h
         if kept_state is not None:
             store_block(kept_state + at * (K * V), S, 0, K, V, column, V, K_PAD, BLOCK_V)
             if NORMALIZE:
                 tl.store(kept_normalizer + at * K + c, sums, mask=(c < K) & (column == 0))
-        q_tile, _ = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
+        if o is not None:
+            q_tile, _ = load_keys(q, t0, length, q_t, C, K, K_PAD, L2)
         k_tile, _ = load_keys(k, t0, length, k_t, C, K, K_PAD, L2)
         u = load_block(v, t0, length, v_t, column, V, C, BLOCK_V).to(tl.float32)
         into, out_of, total = gates(decay, t0, length, d_t, GATE, C, K, K_PAD)
-        if m is None:
-            M = product(q_tile, tl.trans(k_tile), PRECISION)
-            if GATE == 0:
-                M = tl.where(i >= j, M, 0.0)
+        if o is not None:
+            if m is None:
+                M = product(q_tile, tl.trans(k_tile), PRECISION)
+                if GATE == 0:
+                    M = tl.where(i >= j, M, 0.0)
+                else:
+                    M *= pairs(decay, t0, length, d_t, GATE, C)
             else:
-                M *= pairs(decay, t0, length, d_t, GATE, C)
-        else:
-            M = load_block(m + row * C, t0, length, H * C, 0, C, C, C)
+                M = load_block(m + row * C, t0, length, H * C, 0, C, C, C)
         if beta is not None:
             rate = load_tokens(beta, t0, length, b_t, C)[:, None]
             u -= product(k_tile * into, S, PRECISION)
@@ -161,24 +184,70 @@ def forward_kernel(
             if kept_w is not None:
                 store_block(kept_w + row * V, u, t0, length, H * V, column, V, C, BLOCK_V)
             u = rate * u
-        reader = q_tile * into
-        out = product(M, u, PRECISION) + product(reader, S, PRECISION)
-        if NORMALIZE:
-            den = tl.sum(M, 1) + tl.sum(reader * sums[None, :], 1) + 1e-6
-            out = out / den[:, None]
-            if kept_den is not None:
-                r = t0 + tl.arange(0, C)
-                tl.store(kept_den + row + r.to(tl.int64) * H, den, mask=(r < length) & (column == 0))
-        else:
-            out = out * scale
-        store_block(o + row * V, out, t0, length, H * V, column, V, C, BLOCK_V)
+        if o is not None:
+            reader = q_tile * into
+            out = product(M, u, PRECISION) + product(reader, S, PRECISION)
+            if NORMALIZE:
+                den = tl.sum(M, 1) + tl.sum(reader * sums[None, :], 1) + 1e-6
+                out = out / den[:, None]
+                if kept_den is not None:
+                    r = t0 + tl.arange(0, C)
+                    tl.store(kept_den + row + r.to(tl.int64) * H, den, mask=(r < length) & (column == 0))
+            else:
+                out = out * scale
+            store_block(o + row * V, out, t0, length, H * V, column, V, C, BLOCK_V)
         writer = k_tile * out_of
         S = S * of_state(total, GATE) + product(tl.trans(writer), u, PRECISION)
         if NORMALIZE:
             sums = sums * total + tl.sum(writer, 0)
-    store_block(state + place * (K * V), S, 0, K, V, column, V, K_PAD, BLOCK_V)
-    if NORMALIZE:
+        if fade is not None:
+            faded *= total
+    if state is not None:
+        store_block(state + place * (K * V), S, 0, K, V, column, V, K_PAD, BLOCK_V)
+    if normalizer is not None:
         tl.store(normalizer + place * K + c, sums, mask=(c < K) & (column == 0))
+    if fade is not None:
+        tl.store(fade + place, faded, mask=column == 0)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def scan_kernel(
+    part_state, part_normalizer, fade, state0, normalizer0, cu, state, normalizer, T, N, segment,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of one head's state over a sequence's segments: from what each adds to what each starts
+    with, in place, and the final state. The first block's program does the same for the normalizer."""
+    blocks: tl.constexpr = (K * V + BLOCK - 1) // BLOCK if V > 0 else 1
+    block = tl.program_id(0) % blocks
+    h, n = (tl.program_id(0) // blocks % H).to(tl.int64), tl.program_id(0) // (blocks * H)
+    _, _, length, first = span(n, cu, T, segment)
+    place = n.to(tl.int64) * H + h
+    e, c = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K_PAD)
+    inside, of_key = e < K * V, (c < K) & (block == 0)
+    S = tl.zeros([BLOCK], tl.float32)
+    if state0 is not None:
+        S = tl.load(state0 + place * (K * V) + e, mask=inside, other=0.0)
+    if normalizer is not None:
+        sums = tl.zeros([K_PAD], tl.float32)
+        if normalizer0 is not None:
+            sums = tl.load(normalizer0 + place * K + c, mask=of_key, other=0.0)
+    for index in range(tl.cdiv(length, segment)):
+        at = (first + index) * H + h
+        total = 1.0
+        if fade is not None:
+            total = tl.load(fade + at)
+        here = part_state + at * (K * V) + e
+        added = tl.load(here, mask=inside, other=0.0)
+        tl.store(here, S, mask=inside)
+        S = S * total + added
+        if normalizer is not None:
+            here = part_normalizer + at * K + c
+            added = tl.load(here, mask=of_key, other=0.0)
+            tl.store(here, sums, mask=of_key)
+            sums = sums * total + added
+    tl.store(state + place * (K * V) + e, S, mask=inside)
+    if normalizer is not None:
+        tl.store(normalizer + place * K + c, sums, mask=of_key)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -7,6 +7,7 @@ imported only where Triton is, so that this file always imports and `reason_agai
 |---|---|---|
 | no decay, decay [H] or [B, T, H] | 1 | 2 |
 | the same with `normalize` | 1 | 3 |
+| the two above, split over the sequence (`split_length`) | 3 | 2, 3 |
 | decay [B, T, H, K], or beta | 2 | 2 |
 | decay [B, T, H, K] with `normalize` | 2 | 3 |
 
@@ -33,6 +34,9 @@ if ABSENT is None:
 # What the operands of products are rounded to, by the inputs' dtype; why: triton_forward.py.
 OPERANDS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype of the states kept; float32 otherwise
+FEW, LONG, SHORTEST = 128, 4096, 512  # see `split_length`; SHORTEST is a multiple of every chunk's length
+IN_PLACE = ("step", "scan")  # kernels that must run once, and so are not measured
+SCANNED = 512  # numbers of a state that a program of the scan over segments holds
 
 
 # ---- chunks and tiles --------------------------------------------------------------------------------------
@@ -54,6 +58,22 @@ def chunk_length(K: int, dtype: torch.dtype, gate: int, beta: bool, arch: int) -
     return 64
 
 
+def split_length(call: "_Sizes") -> int:
+    """Tokens a segment where the forward is split over the sequence, a multiple of its chunks; 0: it is not.
+
+    Split are sequences of LONG tokens (packed: in all, since lengths are not known here) whose sweep would
+    have under FEW programs, where one launch is enough otherwise; into segments of SHORTEST tokens, or more
+    where that still gives 2 FEW programs. By shapes alone, so that the bits of a result depend on no device
+    and no measurement.
+    """
+    programs = call.columns(config("forward", call.V, *call.choice())["BLOCK_V"])
+    if call.intra() or programs >= FEW or call.T < LONG or programs == 0:
+        return 0
+    parts = -(-2 * FEW // programs)
+    step = max(SHORTEST, call.C)
+    return -(-call.T // (parts * step)) * step
+
+
 def segment_length(call) -> int:
     """1: the forward keeps what the backward needs. Operators find the chunk length themselves.
 
@@ -73,7 +93,9 @@ def candidates(kind: str, K: int, dtype: torch.dtype, gate: int, beta: bool, arc
         return [(0, first, 1), (0, 12 - first, 1)]
     if kind == "step":
         return [{64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)}[size]]
-    if kind in ("forward", "state"):
+    if kind == "scan":
+        return [(0, 4, 1)]
+    if kind in ("forward", "segment", "state"):
         first = (16, 8, 1) if exact or size == 256 else (32, 4, 2) if size == 64 else (32, 8, 2)
         others = [(16, 4, 1), (32, 4, 1), (32, 8, 1)]
         if not exact:
@@ -117,7 +139,7 @@ def _launch(kernel, kind: str, grid, call: "_Sizes", args: list, **flags) -> Non
     if programs == 0:
         return
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
-        if AUTOTUNE and not INTERPRETED and kind != "step":
+        if AUTOTUNE and not INTERPRETED and kind not in IN_PLACE:
             tuned = _autotuned(kernel, *choice)
             tuned[lambda meta: (grid(meta.get("BLOCK_V")),)](*args, **flags)
         else:
@@ -175,9 +197,9 @@ class _Sizes:
         """What selects a tile, beside the kernel and V."""
         return self.K, self.dtype, self.gate, self.beta, _architecture(self.device)
 
-    def columns(self, block: int) -> int:
-        """Programs of a sweep: a sequence, a head and a block of V each."""
-        return self.N * self.H * max(1, -(-self.V // block))
+    def columns(self, block: int, parts: int | None = None) -> int:
+        """Programs of a sweep: a sequence (or a part), a head and a block of V each."""
+        return (self.N if parts is None else parts) * self.H * max(1, -(-self.V // block))
 
     def intra(self) -> bool:
         """Whether M, and with beta Z, are made by a launch of their own."""
@@ -253,10 +275,28 @@ def forward(
     if call.intra():
         args = [q, k, decay, beta, cu, m, z, call.T, call.N, *_strides(q, k, decay, beta)]
         _launch(triton_forward.intra_kernel, "intra", lambda _: call.chunks * call.H, call, args)
-    args = [q, k, v, decay, beta, *states, cu, m, z, o, state, normalizer if normalize else None]
-    args += [kept.get(name) for name in ("state", "normalizer", "den", "w")]
-    args += [call.T, call.N, scale, *_strides(q, k, v, decay, beta)]
-    _launch(triton_forward.forward_kernel, "forward", call.columns, call, args)
+
+    def sweep(kind, grid, states, o, final, fade, kept, segment):
+        args = [q, k, v, decay, beta, *states, cu, m, z, o, *final, fade]
+        args += [kept.get(name) for name in ("state", "normalizer", "den", "w")]
+        args += [call.T, call.N, segment, scale, *_strides(q, k, v, decay, beta)]
+        _launch(triton_forward.forward_kernel, kind, grid, call, args)
+
+    final = state, normalizer if normalize else None
+    length = split_length(call)
+    if length == 0:
+        sweep("forward", call.columns, states, o, final, None, kept, None)
+        return o, state, normalizer, bytes_kept
+    segments = call.T // length + call.N if cu is not None else call.B * -(-call.T // length)
+    new = functools.partial(v.new_empty, dtype=torch.float32)
+    parts = new(segments, *state.shape[1:]), new(segments, *normalizer.shape[1:]) if normalize else None
+    fade = None if decay is None else new(segments, call.H)
+    grid = functools.partial(call.columns, parts=segments)
+    sweep("segment", grid, (None, None), None, parts, fade, {}, length)
+    args = [*parts, fade, *states, cu, *final, call.T, call.N, length]
+    blocks = call.N * call.H * max(1, -(-call.K * call.V // SCANNED))
+    _launch(triton_forward.scan_kernel, "scan", lambda _: blocks, call, args, BLOCK=SCANNED)
+    sweep("forward", grid, parts, o, (None, None), None, kept, length)
     return o, state, normalizer, bytes_kept
 
 

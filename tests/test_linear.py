@@ -727,7 +727,8 @@ BAD = {
     "no pair with normalize": (good(initial_state=zeros(STATE), normalize=True), TypeError, "a pair"),
     "a pair of one": (good(initial_state=(zeros(STATE),), normalize=True), TypeError, "a pair"),
     "normaliser of another size": (
-        good(initial_state=(zeros(STATE), zeros(2, 4, 12)), normalize=True), ValueError, r"initial_state\[1\] is",
+        good(initial_state=(zeros(STATE), zeros(2, 4, 12)), normalize=True),
+        ValueError, r"initial_state\[1\] is",
     ),
     "cu_seqlens with a batch": (
         good(cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)), ValueError, "q is .* batch 1",

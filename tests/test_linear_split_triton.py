@@ -98,10 +98,6 @@ def test_blocks(K, V, short, monkeypatch):
     compare(inputs("scalar", T=20, K=K, V=V, H=1, normalize=True), torch.float32, normalize=True)
 
 
-def test_no_values(short):
-    compare(inputs("plain", T=18, V=0, normalize=True), torch.float32, normalize=True)
-
-
 def test_equals_the_single_launch(short, monkeypatch):
     """Also what is kept for the backward, whose chunks are those of the sequences and not of the segments."""
     lengths = (21, 0, 40)

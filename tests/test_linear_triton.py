@@ -204,12 +204,6 @@ def test_largest_head_size(K, V):
     compare(inputs("gated-delta", T=17, H=1, K=K, V=V), torch.float16)
 
 
-def test_no_values():
-    """V = 0: the normaliser is still a result."""
-    x = inputs("plain", T=5, V=0, normalize=True)
-    compare(x, torch.float32, normalize=True)
-
-
 @pytest.mark.parametrize(
     ("row", "chunk"), [("retention", 64), ("scalar", 16), ("scalar", 64), ("gated-delta", 64), ("delta", 32)]
 )

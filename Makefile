@@ -14,6 +14,8 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # One thread a worker: two workers with two threads each would wait for one another. The tests that compare
 # numbers of threads set their own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+# Sizes, layouts and tiers decide which memory is touched: every dtype on every tier, the rest in float32.
+SANITIZED ?= "tier or packed or not (float64 or bfloat16 or float16)"
 INTERPRETED_TESTS := $(wildcard tests/test_*_triton.py)
 SANITIZED_TESTS ?= tests/native $(filter-out %_triton.py %_aot.py,$(wildcard \
 	$(patsubst csrc/%/cpu.cpp,tests/test_%*.py,$(wildcard csrc/*/cpu.cpp))))
@@ -73,7 +75,7 @@ sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour 
 	cd $(ASAN_TREE) && OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(abspath $(PY)) -m pytest -q -m "not slow" $(SANITIZE_ARGS) $(SANITIZED_TESTS)
+		$(abspath $(PY)) -m pytest -q -m "not slow" -k $(SANITIZED) $(SANITIZE_ARGS) $(SANITIZED_TESTS)
 
 aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, without a GPU
 	$(PYTEST) $(wildcard tests/test_*aot.py)

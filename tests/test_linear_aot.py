@@ -4,28 +4,15 @@ Each case is what a launch of the public function would compile, with the defaul
 reports registers and spills.
 """
 
-import os
 import re
-import subprocess
 
 import pytest
 import torch
+from aot import NAMES, SHARED_LIMIT, compile_source
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-from slmkernels import triton_support  # noqa: E402
-from slmkernels.ops.linear import triton_kernels as tk  # noqa: E402
-
-if triton_support.ABSENT or triton_support.INTERPRETED:
-    pytest.skip(
-        triton_support.ABSENT or "TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True
-    )
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from slmkernels.ops.linear import triton_backward, triton_forward  # noqa: E402
+from slmkernels import triton_support
+from slmkernels.ops.linear import triton_backward, triton_forward
+from slmkernels.ops.linear import triton_kernels as tk
 
 KERNELS = {
     "intra": triton_forward.intra_kernel,
@@ -37,10 +24,6 @@ KERNELS = {
     "state": triton_backward.state_kernel,
     "gradient": triton_backward.gradient_kernel,
 }
-SHARED_LIMIT = {  # bytes a block may ask for
-    arch: kib * 1024 for arch, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()
-}
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ROWS = {  # gate, beta
     "plain": (None, False),
     "retention": ("H", False),
@@ -97,40 +80,19 @@ def compile_kernel(
         if not present:
             constants |= dict.fromkeys(ABSENT_WITHOUT[name])
     constants |= dict.fromkeys(UNUSED.get((kind, split or kind == "segment"), ()))
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
+
+    def type_of(name: str) -> str:
         if name in TOKENS:
-            signature[name] = f"*{NAMES[dtype]}"
-        elif name in KEPT:
-            signature[name] = f"*{NAMES[call.kept_dtype]}"
-        elif name == "cu":
-            signature[name] = "*i32"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in LENGTHS | {"segment"} or re.fullmatch("[a-z]_[bth]", name):
-            signature[name] = "i32"
-        else:
-            signature[name] = "*fp32"
-        if name not in LENGTHS | {"scale"}:  # pointers and strides of aligned tensors
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return dict(shared=compiled.metadata.shared, **assemble(compiled.asm["ptx"], arch), asm=compiled.asm)
+            return f"*{NAMES[dtype]}"
+        if name in KEPT:
+            return f"*{NAMES[call.kept_dtype]}"
+        if name == "cu":
+            return "*i32"
+        if name in LENGTHS | {"segment"} or re.fullmatch("[a-z]_[bth]", name):
+            return "i32"
+        return "fp32" if name == "scale" else "*fp32"
 
-
-def assemble(ptx: str, arch: int) -> dict[str, int]:
-    """Registers a thread and spilled bytes, by ptxas's own report."""
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    command = [get_ptxas(arch).path, f"-arch={name}", "-v", "-o", os.devnull, "-"]
-    result = subprocess.run(command, input=ptx, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    registers = int(re.search(r"Used (\d+) registers", result.stderr)[1])
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stderr)]
-    return {"registers": registers, "spills": sum(spills)}
+    return compile_source(kernel, arch, constants, type_of, LENGTHS | {"scale"}, options)
 
 
 def spill_limit(kind: str, row: str, K: int, dtype: torch.dtype, arch: int) -> int:

@@ -3,28 +3,13 @@
 Each case is what a launch of the public function would compile, with the default tile. ptxas reports spills.
 """
 
-import os
-import re
-import subprocess
-
 import pytest
 import torch
+from aot import NAMES, SHARED_LIMIT, compile_source
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-from slmkernels import triton_support  # noqa: E402
-from slmkernels.ops.sliding_window import triton_kernels as tk  # noqa: E402
-
-if triton_support.ABSENT or triton_support.INTERPRETED:
-    pytest.skip(
-        triton_support.ABSENT or "TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True
-    )
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from slmkernels.ops.sliding_window import triton_backward, triton_forward  # noqa: E402
+from slmkernels import triton_support
+from slmkernels.ops.sliding_window import triton_backward, triton_forward
+from slmkernels.ops.sliding_window import triton_kernels as tk
 
 KERNELS = {
     "forward": triton_forward.forward_kernel,
@@ -33,26 +18,14 @@ KERNELS = {
     "delta": triton_backward.delta_kernel,
     "step": triton_forward.step_kernel,
 }
-SHARED_LIMIT = {  # bytes a block may ask for
-    arch: kib * 1024 for arch, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()
-}
 # Bytes a thread may store to and load back from local memory, both counted, where it is not 0. The dk-dv
 # kernel is bound by registers: a softcap's slope or the packed offsets cost it a few on 9.0, where the next
 # smaller tile would halve the matrix instructions. In the sweep ptxas itself prefers a few spilled values to
 # one block less on a processor (float32 and small heads, 64 to 168 registers of 255).
 SPILL_LIMIT = 64
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOAT32 = {"lse", "dlse", "delta", "dsinks"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "k_ring", "v_ring", "sinks"} | FLOAT32
-LENGTHS = {
-    "T",
-    "S",
-    "N",
-    "left",
-    "right",
-    "n",
-    "W",
-}  # do_not_specialize: plain int32, of unknown divisibility
+LENGTHS = {"T", "S", "N", "left", "right", "n", "W"}  # do_not_specialize: int32, of unknown divisibility
 REAL = {"scale", "inner", "unit"}
 
 
@@ -83,38 +56,17 @@ def compile_kernel(
     constants |= tile
     absent = {"cu_q": varlen, "cu_k": varlen, "sinks": sinks, "dsinks": sinks, "dlse": dlse}
     constants |= {name: None for name, present in absent.items() if not present}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
+
+    def type_of(name: str) -> str:
         if name in TENSORS:
-            signature[name] = "*fp32" if name in FLOAT32 else f"*{NAMES[dtype]}"
-        elif name in ("cu_q", "cu_k"):
-            signature[name] = "*i32"
-        elif name == "position":
-            signature[name] = "*i64"
-        else:
-            signature[name] = "fp32" if name in REAL else "i32"
-        if (
-            name not in LENGTHS | REAL
-        ):  # pointers and strides of aligned tensors, which the launcher finds out
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return dict(shared=compiled.metadata.shared, **assemble(compiled.asm["ptx"], arch), asm=compiled.asm)
+            return "*fp32" if name in FLOAT32 else f"*{NAMES[dtype]}"
+        if name in ("cu_q", "cu_k"):
+            return "*i32"
+        if name == "position":
+            return "*i64"
+        return "fp32" if name in REAL else "i32"
 
-
-def assemble(ptx: str, arch: int) -> dict[str, int]:
-    """Registers a thread and spilled bytes, by ptxas's own report."""
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    command = [get_ptxas(arch).path, f"-arch={name}", "-v", "-o", os.devnull, "-"]
-    result = subprocess.run(command, input=ptx, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    registers = int(re.search(r"Used (\d+) registers", result.stderr)[1])
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stderr)]
-    return {"registers": registers, "spills": sum(spills)}
+    return compile_source(kernel, arch, constants, type_of, LENGTHS | REAL, options)
 
 
 def check(kind: str, arch: int, spill_limit: int = 0, **options) -> dict:

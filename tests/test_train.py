@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -322,6 +323,7 @@ def test_second_ctrl_c_stops_at_once(corpus, tmp_path):
         def train_step(self):
             if self.step == 4:
                 signal.raise_signal(signal.SIGINT)
+                time.sleep(0.01)  # two signals that wait together are one
                 signal.raise_signal(signal.SIGINT)
             return super().train_step()
 

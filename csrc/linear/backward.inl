@@ -14,6 +14,13 @@
 // lie, and what is transposed in a chunk are rows (keys, values, one product), not states. Denominators are
 // computed again, in F: the saved output is rounded to E.
 //
+// Counted, plain, a chunk of 32 at K = V = 64: 0.9 million multiply-adds, 28 thousand cycles. Tried, on Zen 4
+// (T = 4096, 8 heads, forward + backward on two threads, ms):
+//   S and dS transposed at each use 24, kept transposed 19 (K = V = 64); 67 and 57 (128)
+//   the rows of the results asked for ahead, for writing: within the noise
+//   fewer passes over rows between the products: 19 -> 15 % of the time outside them
+// At 128 the products take 62 % of the time, zeroing fresh pages of the results 13 %.
+//
 // Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.
 // The diagonal is left out: no gate scales it. What crosses the chunk's edges is summed so that nothing
 // cancels: reads from t on, writes before t, and <dS, e^{G_C} S>; with one gate a head also what stays inside

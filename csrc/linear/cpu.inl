@@ -66,7 +66,7 @@ SLM_INLINE Vec<F> lane_numbers(int64_t first) {
     return x + F(first);
 }
 
-// Rows of a state: to[r] = factor_r * from[r]; one factor for all rows, or one a row.
+// Row r times factor[r * step].
 template <typename F>
 SLM_INLINE void scale_rows(F* x, const F* factor, int64_t step, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; ++r)
@@ -236,7 +236,6 @@ struct Chunk {
     Readers all() const { return {0, delta ? 2 : 1}; }
     // Keys as they enter the state.
     const F* writers() const { return gated ? kw : k(); }
-    const F* values() const { return u; }
 
     template <typename E>
     void load(const Rows& from, int64_t b, int64_t t, int64_t h, int64_t column, int64_t count, F* to,

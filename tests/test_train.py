@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -318,12 +317,19 @@ def test_ctrl_c_finishes_the_step_and_saves(corpus, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(state(whole), state(resumed), strict=True))
 
 
-def test_second_ctrl_c_stops_at_once(corpus, tmp_path):
+@pytest.fixture
+def listens_to_ctrl_c():
+    """A process that a shell started in the background ignores the signal."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_second_ctrl_c_stops_at_once(corpus, tmp_path, listens_to_ctrl_c):
     class Pressed(Trainer):
         def train_step(self):
             if self.step == 4:
                 signal.raise_signal(signal.SIGINT)
-                time.sleep(0.01)  # two signals that wait together are one
                 signal.raise_signal(signal.SIGINT)
             return super().train_step()
 

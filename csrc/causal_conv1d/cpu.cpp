@@ -138,6 +138,7 @@ char* address(const Rows& rows, size_t element, int64_t b, int64_t t) {
 // Rows e_T .. e_{T+W-2} of each span -> state [N, W-1, C], which may be the initial state itself.
 void copy_last(const Problem& p, size_t element, const Rows& state) {
     const size_t bytes = size_t(p.C) * element;
+    if (bytes == 0) return;  // null pointers are no rows
     const auto copy = [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n)
             for (int64_t j = 0; j < p.W - 1; ++j) {
@@ -160,6 +161,7 @@ void copy_last(const Problem& p, size_t element, const Rows& state) {
 void copy_gradient_of_empty(const Gradient& g, size_t element) {
     const Problem& p = g.problem;
     const size_t bytes = size_t(p.C) * element;
+    if (bytes == 0) return;  // null pointers are no rows
     for (int64_t n = 0; n < p.num_spans; ++n)
         for (int64_t j = 0; p.spans[n].size() == 0 && j < p.W - 1; ++j) {
             char* to = address(g.dinitial, element, n, j);

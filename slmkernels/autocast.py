@@ -11,6 +11,15 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
+def as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it acts on the first one's device; float64 stays."""
+    x = tensors[0]
+    if not autocasts(x) or x.dtype == torch.float64:
+        return tensors
+    low = torch.get_autocast_dtype(x.device.type)
+    return tuple(y if y.dtype == torch.float64 else y.to(low) for y in tensors)
+
+
 def without_autocast(x: Tensor):
     """A context in which PyTorch's operations compute in the dtypes they are given, as kernels do."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()

@@ -57,11 +57,16 @@ def reason_against(device: torch.device) -> str | None:
     return f"device {device} has no native kernels (cpu and cuda have)"
 
 
+def reason_against_kernel(device: torch.device) -> str | None:
+    """The same for an operation without CUDA C++ kernels, as all are yet."""
+    return reason_against(device) or (
+        "device cuda has no native kernel of this operation yet" if device.type == "cuda" else None
+    )
+
+
 def reason_against_call(call) -> str | None:
     """None where native kernels can run `call` (any object with its q), else why not."""
-    if call.q.device.type == "cuda":
-        return reason_against(call.q.device) or "device cuda has no native kernel of this operation yet"
-    return reason_against(call.q.device)
+    return reason_against_kernel(call.q.device)
 
 
 if host is not None and host.isa_complaint():

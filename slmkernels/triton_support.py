@@ -26,20 +26,27 @@ AUTOTUNE = os.environ.get("SLMKERNELS_AUTOTUNE") == "1"
 MAX_HEAD_DIM = 256
 
 
-def reason_against(call) -> str | None:
-    """None where these kernels can run `call` (any object with its q and v), else why not."""
-    q, v = call.q, call.v
+def reason_against_tensor(name: str, x: Tensor) -> str | None:
+    """None where Triton's kernels can run on argument `name`'s device and dtype, else why not."""
     if ABSENT is not None:
         return ABSENT
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
         return (
-            f"device {q.device.type} is not cuda (TRITON_INTERPRET=1 runs the kernels on the cpu, for tests)"
+            f"device {x.device.type} is not cuda (TRITON_INTERPRET=1 runs the kernels on the cpu, for tests)"
         )
-    if q.dtype == torch.float64:
-        return "q has dtype float64; float32, float16 and bfloat16 are supported"
-    if INTERPRETED and q.dtype == torch.bfloat16:
+    if x.dtype == torch.float64:
+        return f"{name} has dtype float64; float32, float16 and bfloat16 are supported"
+    if INTERPRETED and x.dtype == torch.bfloat16:
         return "Triton's interpreter computes garbage in bfloat16; float32 and float16 are supported there"
-    for name, x in (("q", q), ("v", v)):
+    return None
+
+
+def reason_against(call) -> str | None:
+    """None where these kernels can run `call` (any object with its q and v), else why not."""
+    reason = reason_against_tensor("q", call.q)
+    if reason is not None:
+        return reason
+    for name, x in (("q", call.q), ("v", call.v)):
         if x.shape[-1] > MAX_HEAD_DIM:
             return f"{name} has head dimension {x.shape[-1]}; up to {MAX_HEAD_DIM} is supported"
     return None

@@ -18,7 +18,7 @@
 // (T = 4096, 8 heads, forward + backward on two threads, ms):
 //   S and dS transposed at each use 24, kept transposed 19 (K = V = 64); 67 and 57 (128)
 //   the rows of the results asked for ahead, for writing: within the noise
-//   fewer passes over rows between the products: 19 -> 15 % of the time outside them
+//   fewer passes over rows between the products: from 19 to 16 % of the samples at 128, the products apart
 // At 128 the products take 62 % of the time, zeroing fresh pages of the results 13 %.
 //
 // Gates: dG_i has the readers' share x_i . dx_i, dG_j loses the keys' k_j . dk_j, and dg_t sums dG from t on.

@@ -34,10 +34,11 @@ const slm::LinearKernels& kernels() {
     return slm::linear_portable;
 }
 
-// Tokens a chunk, whatever the problem. On two Zen 4 cores, forward + backward in ms for chunks of 16, 32, 64
-// tokens (B = 1, 8 heads): plain T = 4096, K = V = 64: 29, 24, 36; 128: 94, 73, 68; gated delta T = 2048, 64:
-// 22, 19, 19; T = 4096, 128: 118, 102, 116; GLA 19, 14, 19; KDA 26, 21, 29. Short chunks read and write the
-// state more often, long ones compute larger triangles.
+// Tokens a chunk, whatever the problem. On two Zen 4 cores, one run each on a busy machine and before the
+// backward kept its states transposed, forward + backward in ms for chunks of 16, 32, 64 tokens (B = 1, 8
+// heads): plain T = 4096, K = V = 64: 29, 24, 36; 128: 94, 73, 68; gated delta T = 2048, 64: 22, 19, 19; T
+// = 4096, 128: 118, 102, 116; GLA 19, 14, 19; KDA 26, 21, 29. Short chunks read and write the state more
+// often, long ones compute larger triangles.
 constexpr int64_t kChunk = 32;
 
 // Value columns a task: cut where heads are fewer than `wanted`, as long as 32 columns are left. A forward's
@@ -209,11 +210,17 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     const bool gated = p.decays != Decay::none, channel = p.decays == Decay::channel;
     const bool constant = p.decays == Decay::constant;
     const int64_t gates = channel ? p.K : 1;
-    const Tensor ddecays = constant ? torch::stable::new_empty(q, {N, p.H, parts}, ScalarType::Double)
-                                    : empty(gated, {B, p.T, p.H, parts, gates});
-    const Tensor dbetas = empty(beta.has_value(), {B, p.T, p.H, parts});
+    const Tensor ddecay = constant  ? empty(true, {p.H})
+                          : channel ? empty(true, {B, p.T, p.H, p.K})
+                                    : empty(gated, {B, p.T, p.H});
+    const Tensor dbeta = empty(beta.has_value(), {B, p.T, p.H});
+    const Tensor ddecays = constant    ? torch::stable::new_empty(q, {N, p.H, parts}, ScalarType::Double)
+                           : parts > 1 ? empty(gated, {B, p.T, p.H, parts, gates})
+                                       : ddecay;
+    const Tensor dbetas = parts > 1 ? empty(beta.has_value(), {B, p.T, p.H, parts}) : dbeta;
     const Tensor dstate0 = empty(initial_state.has_value(), {N, p.H, p.K, p.V});
-    const Tensor dz0s = empty(initial_normalizer.has_value(), {N, p.H, parts, p.K});
+    const Tensor dz0 = empty(initial_normalizer.has_value(), {N, p.H, p.K});
+    const Tensor dz0s = parts > 1 ? empty(initial_normalizer.has_value(), {N, p.H, parts, p.K}) : dz0;
     g.ddecay = ddecays.data_ptr(), g.dbeta = dbetas.data_ptr();
     g.dstate0 = initial_state.has_value() ? dstate0.data_ptr() : nullptr;
     g.dz0 = initial_normalizer.has_value() ? dz0s.data_ptr() : nullptr;
@@ -224,9 +231,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
         sum_parts(dqs, dq, B * p.T * p.Hk, summands, p.K);
         sum_parts(dks, dk, B * p.T * p.Hk, summands, p.K);
     }
-    Tensor ddecay = empty(false, {}), dbeta = empty(false, {}), dz0 = empty(false, {});
     if (constant) {
-        ddecay = empty(true, {p.H});
         const double* from = static_cast<const double*>(ddecays.data_ptr());
         for (int64_t h = 0; h < p.H; ++h) {
             double sum = 0;  // in the order of the sequences
@@ -237,18 +242,11 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
             else
                 static_cast<float*>(ddecay.data_ptr())[h] = float(sum);
         }
-    } else if (gated) {
-        ddecay = channel ? empty(true, {B, p.T, p.H, p.K}) : empty(true, {B, p.T, p.H});
+    } else if (gated && parts > 1) {
         sum_parts(ddecays, ddecay, B * p.T * p.H, parts, gates);
     }
-    if (beta.has_value()) {
-        dbeta = empty(true, {B, p.T, p.H});
-        sum_parts(dbetas, dbeta, B * p.T * p.H, parts, 1);
-    }
-    if (initial_normalizer.has_value()) {
-        dz0 = empty(true, {N, p.H, p.K});
-        sum_parts(dz0s, dz0, N * p.H, parts, p.K);
-    }
+    if (beta.has_value() && parts > 1) sum_parts(dbetas, dbeta, B * p.T * p.H, parts, 1);
+    if (initial_normalizer.has_value() && parts > 1) sum_parts(dz0s, dz0, N * p.H, parts, p.K);
     return {dq, dk, dv, ddecay, dbeta, dstate0, dz0};
 }
 

@@ -1,10 +1,11 @@
 // Forward: one pass over the chunks of a task.
 //
 // Tasks of one sequence walk together, chunk by chunk, as many as their states fit in cache: the rows of a
-// token's heads are neighbours in memory. (One after another, each head touches every page of q, k and v again.)
+// token's heads are neighbours in memory. (One after another, each head touches every page of q, k and v
+// again.)
 //
-// Counted, plain, a chunk of 32 at K = V = 64: 0.36 million multiply-adds, 11 thousand cycles of 32; 32 KiB of
-// rows in and out. Tried, on Zen 4 (T = 4096, 8 heads; one thread, ms):
+// Counted, plain, a chunk of 32 at K = V = 64: 0.36 million multiply-adds, 11 thousand cycles of 32; 32 KiB
+// of rows in and out. Tried, on Zen 4 (T = 4096, 8 heads; one thread, ms, on a busy machine):
 //   rows asked for ahead             16.9 -> 10.7 (K = V = 64), 39.9 -> 29.8 (128)
 //   heads walking together           7.0 -> 5.5 (two threads, 64)
 //   state in panels of 64 rows       nothing, at 128 either

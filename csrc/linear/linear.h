@@ -46,7 +46,7 @@ struct LinearProblem {
 };
 
 // Sums over heads of a group and over `parts` go through `sums`: dq and dk [B, T, Hk, group * parts, K], the
-// gates' gradients [B, T, H, parts(, K)]. Where there is one summand dq and dk are the results themselves.
+// gates' gradients [B, T, H, parts(, K)]. Where there is one summand they are the results themselves.
 struct LinearGradient {
     LinearProblem problem;
     Rows dout, dv;

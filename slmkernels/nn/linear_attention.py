@@ -315,16 +315,11 @@ class LinearAttention(nn.Module):
         return y
 
     def _attend(self, q, k, v, cache: LinearCache | None, cu_seqlens, **options) -> Tensor:
-        """The recurrence: one token in place, a prompt from the cache's state on, or without a cache."""
+        """The recurrence, with a cache from its state on, which is updated in place."""
         if cache is None:
             return linear_attention(q, k, v, cu_seqlens=cu_seqlens, **options)
         state = (cache.state, cache.normalizer) if self.normalize else cache.state
-        if q.shape[1] == 1:
-            o = linear_attention_step(q, k, v, state, **options)
-        else:
-            o, after = linear_attention(q, k, v, initial_state=state, return_state=True, **options)
-            for old, new in zip(state, after, strict=True) if self.normalize else [(state, after)]:
-                old.copy_(new)
+        o = linear_attention_step(q, k, v, state, **options)
         cache.position += q.shape[1]
         return o
 

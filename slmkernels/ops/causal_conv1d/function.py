@@ -91,12 +91,9 @@ def prepare(
 
 def reason_against_native(call) -> str | None:
     """None where the native kernels can run `call`, else why not."""
-    device = call.x.device
-    if device.type != "cpu":
-        return native.reason_against(device) or "device cuda has no native kernel of this operation yet"
-    if call.weight.shape[1] > MAX_WIDTH:
+    if call.x.device.type == "cpu" and call.weight.shape[1] > MAX_WIDTH:
         return f"weight has {call.weight.shape[1]} taps; up to {MAX_WIDTH} are supported"
-    return None if native.HAS_CPU else native.reason_against(device)
+    return native.reason_against_kernel(call.x.device)
 
 
 # Best first; the same for the operation and its decode step.

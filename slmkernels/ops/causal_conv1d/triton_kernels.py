@@ -7,7 +7,7 @@ where Triton is, so that this file always imports and `reason_against` can say w
 import torch
 from torch import Tensor
 
-from ...triton_support import ABSENT, INTERPRETED, readable
+from ...triton_support import ABSENT, readable, reason_against_tensor
 
 if ABSENT is None:
     import triton
@@ -17,18 +17,7 @@ if ABSENT is None:
 
 def reason_against(call) -> str | None:
     """None where these kernels can run `call`, else why not."""
-    x = call.x
-    if ABSENT is not None:
-        return ABSENT
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return (
-            f"device {x.device.type} is not cuda (TRITON_INTERPRET=1 runs the kernels on the cpu, for tests)"
-        )
-    if x.dtype == torch.float64:
-        return "x has dtype float64; float32, float16 and bfloat16 are supported"
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        return "Triton's interpreter computes garbage in bfloat16; float32 and float16 are supported there"
-    return None
+    return reason_against_tensor("x", call.x)
 
 
 def config(kind: str, C: int, W: int) -> dict[str, int]:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...autocast import without_autocast
 from ...autograd import mark_changed
 from ...dispatch import Operation, register
 from ...validation import check_number, fail
-from . import reference
 from .function import SUPPORTS, Call, State, attend, check_flag, check_gates, check_state, check_tokens
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call
@@ -91,14 +89,7 @@ def linear_attention_step(
     )
     chosen = OPERATION.choose(call, backend)
     if chosen == "reference" or call.q.shape[1] > FEW_TOKENS:
-        full = Call(*call[:7], None, call.scale, normalize, call.l2norm_qk)
-        if chosen == "reference":
-            options = {"scale": call.scale, "normalize": normalize, "l2norm_qk": call.l2norm_qk}
-            with without_autocast(call.q):
-                form = reference.recurrent if call.q.shape[1] <= FEW_TOKENS else reference.chunked
-                o, *after = reference.linear_attention(*call[:7], **options, form=form)
-        else:
-            o, *after = attend(full, chosen)
+        o, *after = attend(Call(*call[:7], None, call.scale, normalize, call.l2norm_qk), chosen)
         for x, y in zip(call[5:7], after, strict=True):
             if x is not None:
                 x.copy_(y)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import native, triton_support
-from ...autocast import autocasts, without_autocast
+from ...autocast import as_autocast_wants, without_autocast
 from ...autograd import Function, apply_function
 from ...dispatch import Operation, register
 from ...validation import check_cu_seqlens, check_float_tensor, check_like, check_number, fail
@@ -70,9 +70,7 @@ def prepare(
     check_float_tensor("q", q, 4, "[B, T, Hq, D]")
     check_float_tensor("k", k, 4, "[B, S, Hkv, D]")
     check_float_tensor("v", v, 4, "[B, S, Hkv, Dv]")
-    if autocasts(q) and q.dtype != torch.float64:
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    q, k, v = as_autocast_wants(q, k, v)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
     B, T, Hq, D = q.shape

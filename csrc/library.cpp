@@ -26,6 +26,20 @@ STABLE_TORCH_LIBRARY(slmkernels, m) {
         "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor(a!) state, "
         "Tensor(b!)? normalizer, float scale, bool l2norm_qk) -> Tensor");
     m.def(
+        "hybrid_attention_forward(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor? mix, "
+        "Tensor? initial_state, Tensor? initial_normalizer, Tensor? cu_seqlens, int window, bool block, "
+        "float scale, int segment) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "hybrid_attention_backward(Tensor dout, Tensor? dstate, Tensor? dnormalizer, Tensor q, Tensor k, "
+        "Tensor v, Tensor phi_q, Tensor phi_k, Tensor? mix, Tensor? initial_state, "
+        "Tensor? initial_normalizer, Tensor? cu_seqlens, Tensor o, Tensor shift, Tensor top, "
+        "Tensor denominator, Tensor checkpoints, int window, bool block, float scale, int segment) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "hybrid_attention_step(Tensor q, Tensor k, Tensor v, Tensor phi_q, Tensor phi_k, Tensor(a!) k_ring, "
+        "Tensor(b!) v_ring, Tensor(c!) phi_ring, Tensor(d!) state, Tensor(e!) normalizer, "
+        "Tensor(f!) position, Tensor? mix, int window, bool block, float scale) -> Tensor");
+    m.def(
         "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
         "Tensor? cu_seqlens, bool silu, bool return_state) -> (Tensor, Tensor)");
     m.def(

@@ -6,6 +6,7 @@ from .dispatch import Unsupported, explain, use_backend
 from .facts import info
 from .ops.causal_conv1d.function import causal_conv1d
 from .ops.causal_conv1d.step import causal_conv1d_step
+from .ops.hybrid.function import hybrid_attention
 from .ops.linear.function import linear_attention
 from .ops.linear.step import linear_attention_step
 from .ops.sliding_window.function import sliding_window_attention
@@ -22,6 +23,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "hybrid_attention",
     "info",
     "linear_attention",
     "linear_attention_step",

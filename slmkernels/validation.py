@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+State = Tensor | tuple[Tensor, Tensor]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -58,6 +59,27 @@ def check_number(name: str, value, positive: bool = False) -> float:
     if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         fail(name, value, expected)
     return float(value)
+
+
+def check_flag(name: str, value) -> bool:
+    """True or False and nothing else."""
+    if type(value) is not bool:
+        fail(name, value, "True or False", TypeError)
+    return value
+
+
+def check_state(name: str, state, normalize: bool, shape: tuple[int, ...], q: Tensor, letters="[N, H, K, V]"):
+    """(state, normalizer) from the public form: a tensor of `shape`, or with `normalize` a pair."""
+    if normalize and (not isinstance(state, (tuple, list)) or len(state) != 2):
+        fail(name, state, "a pair (state, normalizer)", TypeError)
+    parts = tuple(state) if normalize else (state,)
+    wanted = (letters, shape), (letters.rpartition(",")[0] + "]", shape[:-1])
+    for i, (part, (names, size)) in enumerate(zip(parts, wanted, strict=False)):
+        check_float_tensor(name, part, len(size), names)
+        if part.shape != size or part.device != q.device:
+            which = f"{name}[{i}]" if normalize else name
+            fail(which, part, f"shape {list(size)} on {q.device}")
+    return parts if normalize else (state, None)
 
 
 def check_cu_seqlens(name: str, value, total: int, device: torch.device) -> None:

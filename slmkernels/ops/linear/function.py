@@ -11,10 +11,19 @@ from ... import native, triton_support
 from ...autocast import as_autocast_wants, without_autocast
 from ...autograd import Function, apply_function
 from ...dispatch import Operation, register
-from ...validation import FLOATS, check_cu_seqlens, check_float_tensor, check_like, check_number, fail
+from ...validation import (
+    FLOATS,
+    State,
+    check_cu_seqlens,
+    check_flag,
+    check_float_tensor,
+    check_like,
+    check_number,
+    check_state,
+    fail,
+)
 from . import reference, triton_kernels
 
-State = Tensor | tuple[Tensor, Tensor]
 CHECKPOINT_BYTES = 1 << 18  # see `segment_length`
 
 
@@ -32,13 +41,6 @@ class Call(NamedTuple):
     scale: float
     normalize: bool
     l2norm_qk: bool
-
-
-def check_flag(name: str, value) -> bool:
-    """True or False and nothing else."""
-    if type(value) is not bool:
-        fail(name, value, "True or False", TypeError)
-    return value
 
 
 def check_tokens(q, k, v):
@@ -88,21 +90,6 @@ def check_gates(decay, beta, q: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor 
     return decay, beta
 
 
-def check_state(name: str, state, normalize: bool, N: int, q: Tensor, sizes: tuple[int, ...]):
-    """(state, normalizer) from the public form: a tensor, or a pair with `normalize`."""
-    _, _, _, K, H, V = sizes
-    if normalize and (not isinstance(state, (tuple, list)) or len(state) != 2):
-        fail(name, state, "a pair (state, normalizer) with normalize=True", TypeError)
-    parts = tuple(state) if normalize else (state,)
-    shapes = {"[N, H, K, V]": (N, H, K, V), "[N, H, K]": (N, H, K)}
-    for i, (part, (letters, shape)) in enumerate(zip(parts, shapes.items(), strict=False)):
-        check_float_tensor(name, part, len(shape), letters)
-        if part.shape != shape or part.device != q.device:
-            which = f"{name}[{i}]" if normalize else name
-            fail(which, part, f"shape {list(shape)} on {q.device}")
-    return parts if normalize else (state, None)
-
-
 def prepare(
     q, k, v, *, decay=None, beta=None, scale=None, normalize=False, l2norm_qk=False,
     initial_state=None, return_state=False, cu_seqlens=None, backend=None,
@@ -124,7 +111,7 @@ def prepare(
     states = (None, None)
     if initial_state is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        states = check_state("initial_state", initial_state, normalize, N, q, sizes)
+        states = check_state("initial_state", initial_state, normalize, (N, sizes[4], sizes[3], sizes[5]), q)
         states = tuple(None if x is None else x.to(dtype) for x in states)
     return Call(q, k, v, decay, beta, *states, cu_seqlens, scale, normalize, l2norm_qk)
 

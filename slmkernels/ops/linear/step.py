@@ -8,8 +8,8 @@ from torch import Tensor
 from ... import native
 from ...autograd import mark_changed
 from ...dispatch import Operation, register
-from ...validation import check_number, fail
-from .function import SUPPORTS, Call, State, attend, check_flag, check_gates, check_state, check_tokens
+from ...validation import State, check_flag, check_number, check_state, fail
+from .function import SUPPORTS, Call, attend, check_gates, check_tokens
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call
 
@@ -39,7 +39,7 @@ def prepare(
     if normalize and beta is not None:
         fail("normalize", normalize, "False with beta: the delta rule has no normaliser")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    parts = check_state("state", state, normalize, sizes[0], q, sizes)
+    parts = check_state("state", state, normalize, (sizes[0], sizes[4], sizes[3], sizes[5]), q)
     for part in parts:
         if part is not None and (part.dtype != dtype or not part.is_contiguous()):
             fail("state", part, f"contiguous, {dtype}: it is updated in place")

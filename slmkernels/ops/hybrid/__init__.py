@@ -1,0 +1,1 @@
+"""Hybrid attention: softmax over the near keys and linear attention over the far ones, one normaliser."""

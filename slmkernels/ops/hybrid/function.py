@@ -203,8 +203,8 @@ def hybrid_attention(
         o_i  = sum_j w_ij v_j / (sum_j w_ij + 1e-6)
 
     Args:
-        q, k, v: queries `[B, T, Hq, D]`, keys `[B, T, Hkv, D]` and values `[B, T, Hkv, V]`, float32, bfloat16,
-            float16 or float64; Hkv divides Hq (GQA, MQA).
+        q, k, v: queries `[B, T, Hq, D]`, keys `[B, T, Hkv, D]` and values `[B, T, Hkv, V]`, float32,
+            bfloat16, float16 or float64; Hkv divides Hq (GQA, MQA).
         phi_q, phi_k: their features `[B, T, Hq, F]` and `[B, T, Hkv, F]`, like q. Products
             phi_q . phi_k must not be negative (not checked: the sum of the weights divides).
         window: W, an int >= 1.
@@ -222,7 +222,7 @@ def hybrid_attention(
 
     Returns:
         o `[B, T, Hq, V]` in q's dtype, and with `return_state` the pair in float32 (float64 for float64
-        inputs). Differentiable, once, in every tensor; the gradient of m goes to the first key at the maximum.
+        inputs). Differentiable, once, in every tensor; m's gradient goes to the first key at the maximum.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -242,8 +242,8 @@ def hybrid_attention(
 def fake_forward(
     q, k, v, phi_q, phi_k, mix, state, normalizer, cu_seqlens, window, block, scale, segment
 ):  # fmt: skip
-    """Shapes of the native forward: o, state, normalizer; of each row the shift m, the key at it (its row in k)
-    and the sum of the weights; the states, each [state, normalizer], between segments."""
+    """Shapes of the native forward: o, state, normalizer; of each row the shift m, the key at it (its row in
+    k) and the sum of the weights; the states, each [state, normalizer], between segments."""
     (B, T, Hq, _), (S, H, V), F = q.shape, v.shape[1:], phi_q.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

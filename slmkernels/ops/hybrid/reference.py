@@ -20,7 +20,7 @@ def first_near(i: Tensor | int, window: int, block: bool) -> Tensor | int:
 
 
 def weigh(q, k, phi_q, phi_k, mix, near, far, scale) -> Tensor:
-    """Weights [..., H, T, C] of keys [..., C, H, D] by masks `near` and `far`; the shift is the first maximum."""
+    """Weights [..., H, T, C] of keys [..., C, H, D] by the masks; the shift is the first maximum."""
     s = torch.einsum("...thd,...chd->...htc", q, k) * scale
     s = s.masked_fill(~near, float("-inf"))
     m = s.gather(-1, s.argmax(-1, keepdim=True))
@@ -29,7 +29,7 @@ def weigh(q, k, phi_q, phi_k, mix, near, far, scale) -> Tensor:
 
 
 def quadratic(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
-    """One sequence per batch row, a KV head per query head -> o, and the state of the last query's far keys."""
+    """One sequence per batch row, a KV head per query head -> o, and the state of the last query."""
     T, S = q.shape[1], k.shape[1]
     if T == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3]), state, z
@@ -44,7 +44,7 @@ def quadratic(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
 
 
 def linear_cost(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
-    """The same by blocks of C >= window tokens: a query's near keys lie in its own block and the one before."""
+    """The same by blocks of C >= window tokens: near keys lie in the query's block and the one before."""
     T, S, C = q.shape[1], k.shape[1], -(-64 // window) * window
     if T <= C or T != S:
         return quadratic(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale)

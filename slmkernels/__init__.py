@@ -7,6 +7,7 @@ from .facts import info
 from .ops.causal_conv1d.function import causal_conv1d
 from .ops.causal_conv1d.step import causal_conv1d_step
 from .ops.hybrid.function import hybrid_attention
+from .ops.hybrid.step import HybridCache, hybrid_attention_step
 from .ops.linear.function import linear_attention
 from .ops.linear.step import linear_attention_step
 from .ops.sliding_window.function import sliding_window_attention
@@ -18,12 +19,14 @@ except PackageNotFoundError:  # run from a checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "HybridCache",
     "RingCache",
     "Unsupported",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
     "hybrid_attention",
+    "hybrid_attention_step",
     "info",
     "linear_attention",
     "linear_attention_step",

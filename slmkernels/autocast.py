@@ -11,10 +11,15 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
-def as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it acts on the first one's device; float64 stays."""
+def as_autocast_wants(*tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The tensors in `dtype` where autocast acts on the first one's device; if None in autocast's own dtype,
+    and float64 stays."""
     x = tensors[0]
-    if not autocasts(x) or x.dtype == torch.float64:
+    if not autocasts(x):
+        return tensors
+    if dtype is not None:  # of a cache, which says what is computed in
+        return tuple(y.to(dtype) for y in tensors)
+    if x.dtype == torch.float64:
         return tensors
     low = torch.get_autocast_dtype(x.device.type)
     return tuple(y if y.dtype == torch.float64 else y.to(low) for y in tensors)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..validation import FLOATS, describe, fail
+from ..ring import check_cache
+from ..validation import describe
 
 
 class LinearCache:
@@ -31,15 +32,7 @@ class LinearCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        sizes = {"batch": batch, "heads": heads, "key_dim": key_dim, "value_dim": value_dim}
-        for name, size in sizes.items():
-            least = 0 if name == "batch" else 1
-            if type(size) is not int:
-                fail(name, size, f"an int of at least {least}", TypeError)
-            if size < least:
-                fail(name, size, f"at least {least}")
-        if dtype not in FLOATS:
-            fail("dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
+        check_cache(dtype, batch=batch, heads=heads, key_dim=key_dim, value_dim=value_dim)
         kind = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         self.state = torch.zeros(batch, heads, key_dim, value_dim, **kind)
         self.normalizer = torch.zeros(batch, heads, key_dim, **kind) if normalize else None

@@ -59,13 +59,13 @@ def check_alignment(alignment) -> bool:
     return alignment == "block"
 
 
-def check_tokens(q, k, v, phi_q, phi_k) -> tuple[Tensor, ...]:
-    """The five tensors of a call or of a step, cast as autocast wants them."""
+def check_tokens(q, k, v, phi_q, phi_k, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The five tensors of a call or of a step. Autocast casts them to `dtype`, to its own if None."""
     tensors = {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
     letters = "[B, T, Hq, D]", "[B, T, Hkv, D]", "[B, T, Hkv, V]", "[B, T, Hq, F]", "[B, T, Hkv, F]"
     for (name, x), shape in zip(tensors.items(), letters, strict=True):
         check_float_tensor(name, x, 4, shape)
-    q, k, v, phi_q, phi_k = cast = as_autocast_wants(*tensors.values())
+    q, k, v, phi_q, phi_k = cast = as_autocast_wants(*tensors.values(), dtype=dtype)
     for name, x in zip(tensors, cast, strict=True):
         check_like(name, x, "q", q)
     B, T, Hq, D = q.shape

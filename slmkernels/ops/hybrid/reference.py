@@ -46,12 +46,12 @@ def quadratic(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
 def linear_cost(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
     """The same by blocks of C >= window tokens: near keys lie in the query's block and the one before."""
     T, S, C = q.shape[1], k.shape[1], -(-64 // window) * window
-    if T <= C or T != S:
+    if T <= C:
         return quadratic(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale)
-    n = -(-T // C)
+    n = -(-S // C)
 
-    def blocks(x):  # [B, T, H, D] -> [B, n, C, H, D]
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C))
+    def blocks(x):  # [B, S or T, H, D] -> [B, n, C, H, D]; the last T of S queries are there
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, S - x.shape[1], n * C - S)).unflatten(1, (n, C))
 
     def with_previous(x):  # [B, n, C, H, D] -> [B, n, 2C, H, D]
         return torch.cat([torch.nn.functional.pad(x[:, :-1], (0,) * 6 + (1, 0)), x], dim=2)
@@ -68,8 +68,8 @@ def linear_cost(q, k, v, phi_q, phi_k, mix, state, z, window, block, scale):
     o = torch.einsum("bnhtc,bnchv->bnthv", w, values)
     o = o + torch.einsum("bnthf,bnhfv->bnthv", phi_q, kv + state[:, None])
     sums = w.sum(-1).transpose(2, 3) + torch.einsum("bnthf,bnhf->bnth", phi_q, ksum + z[:, None])
-    o = (o / (sums + EPS)[..., None]).flatten(1, 2)[:, :T]
-    last = max(0, first_near(T - 1, window, block))
+    o = (o / (sums + EPS)[..., None]).flatten(1, 2)[:, S - T : S]
+    last = max(0, first_near(S - 1, window, block))
     phi_k = phi_k.flatten(1, 2)[:, :last]
     state = state + torch.einsum("bshf,bshv->bhfv", phi_k, v[:, :last])
     return o, state, z + phi_k.sum(1)
@@ -103,3 +103,27 @@ def hybrid_attention(
     o, states, normalizers = zip(*results, strict=True)
     heads = slice(None, None, Hq // H)
     return torch.cat(o, 1).to(result), torch.cat(states)[:, heads], torch.cat(normalizers)[:, heads]
+
+
+def hybrid_attention_step(
+    q, k, v, phi_q, phi_k, k_ring, v_ring, phi_ring, state, z, position, mix, window, block, scale
+):  # fmt: skip
+    """Decoding by the definition, token by token -> o [B, T, Hq, V]. Rings `[B, H, R, size]`, the states and
+    position `[B, H]` (tokens so far) are updated in place; the slot of token p is p % R."""
+    R, start = k_ring.shape[2], int(position.flatten()[0]) if position.numel() else 0
+    rings, outputs = (k_ring, v_ring, phi_ring), [q.new_empty(q.shape[0], 0, q.shape[2], v.shape[3])]
+    for t in range(q.shape[1]):
+        i = start + t
+        a, b = (max(0, first_near(j, window, block)) for j in (i - 1, i))
+        far, near = (torch.arange(*span, device=q.device) % R for span in ((a, b), (b, i + 1)))
+        x, features = (ring[:, :, far].to(state.dtype) for ring in (v_ring, phi_ring))
+        state += torch.einsum("bhsf,bhsv->bhfv", features, x)  # before token i takes the slot of one of them
+        z += features.sum(2)
+        for ring, new in zip(rings, (k, v, phi_k), strict=True):
+            ring[:, :, i % R] = new[:, t]
+        keys, x, features = (ring[:, :, near].transpose(1, 2) for ring in rings)
+        tensors = q[:, t : t + 1], keys, x, phi_q[:, t : t + 1], features, mix, state, z
+        o, _, _ = hybrid_attention(*tensors, window=len(near), block=False, scale=scale, form=quadratic)
+        outputs.append(o)
+    position += q.shape[1]
+    return torch.cat(outputs, dim=1)

@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...autocast import autocasts, without_autocast
+from ...autocast import as_autocast_wants, without_autocast
 from ...autograd import mark_changed
 from ...dispatch import Operation, register
-from ...validation import FLOATS, check_float_tensor, check_like, check_number, describe, fail
+from ...ring import Ring, check_cache
+from ...validation import check_float_tensor, check_like, check_number, describe, fail
 from . import reference
 from .function import SUPPORTS, Call, attend, check_sinks
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
 
-class RingCache:
+class RingCache(Ring):
     """The last `window` keys and values of each sequence; the slot of token p is `p % window`.
 
     Attributes:
         k, v: rings `[B, H, W, D]` and `[B, H, W, Dv]`.
-        position: int64 `[B, H]`, tokens seen so far; a counter for each program of a decode kernel, so that
-            one launch may read and advance it without a race. All rows advance together.
+        position: int64 `[B, H]`, tokens seen so far; all rows advance together.
 
     Raises:
         TypeError, ValueError: a size below 1 or a dtype that is not a float.
@@ -41,46 +41,21 @@ class RingCache:
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = {"batch": batch, "window": window, "kv_heads": kv_heads}
-        for name, size in {**sizes, "head_dim": head_dim, "v_head_dim": v_head_dim}.items():
-            least = 0 if name == "batch" else 1
-            if type(size) is not int:
-                fail(name, size, f"an int of at least {least}", TypeError)
-            if size < least:
-                fail(name, size, f"at least {least}")
-        if dtype not in FLOATS:
-            fail("dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
+        check_cache(dtype, **sizes, head_dim=head_dim, v_head_dim=v_head_dim)
         rows = (batch, kv_heads, window)
         self.k = torch.zeros(*rows, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros(*rows, v_head_dim, dtype=dtype, device=device)
         self.position = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
 
     @property
+    def rings(self) -> tuple[Tensor, Tensor]:
+        """k and v."""
+        return self.k, self.v
+
+    @property
     def window(self) -> int:
         """W, the number of keys a query sees, itself included."""
         return self.k.shape[2]
-
-    @property
-    def length(self) -> int:
-        """Tokens seen so far. Waits for the device on CUDA."""
-        return int(self.position[0, 0]) if self.position.numel() else 0
-
-    def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        self.position.zero_()
-
-    def last(self, n: int) -> tuple[Tensor, Tensor]:
-        """The last n keys and values in order of time, `[B, n, H, D]`; n at most min(length, window)."""
-        slots = torch.arange(self.length - n, self.length, device=self.k.device) % self.window
-        return self.k[:, :, slots].transpose(1, 2), self.v[:, :, slots].transpose(1, 2)
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Write k, v `[B, n, H, D]` behind what is there; what falls out of the window is overwritten."""
-        n, kept = k.shape[1], min(k.shape[1], self.window)
-        first = self.length + n - kept
-        slots = torch.arange(first, first + kept, device=k.device) % self.window
-        self.k[:, :, slots] = k[:, n - kept :].transpose(1, 2)
-        self.v[:, :, slots] = v[:, n - kept :].transpose(1, 2)
-        self.position += n
 
     def __repr__(self) -> str:
         return f"RingCache(k={describe(self.k)}, v={describe(self.v)})"
@@ -107,8 +82,7 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
     B, H, _, D = cache.k.shape
     n, Hq, Dv = q.shape[1], q.shape[2], cache.v.shape[3]
-    if autocasts(q):  # the cache says what is computed in
-        q, k, v = q.to(cache.k.dtype), k.to(cache.k.dtype), v.to(cache.k.dtype)
+    q, k, v = as_autocast_wants(q, k, v, dtype=cache.k.dtype)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_like(name, x, "cache", cache.k)
     if q.shape[0] != B or q.shape[3] != D:

@@ -145,17 +145,28 @@ def torch_same_dtype(*tensors, **options) -> Results:
 def rounding_of_delta(tensors: Tensors, dtype: torch.dtype, options: dict) -> dict[str, float]:
     """Twice what the rounding of o to dtype alone does to each gradient.
 
-    delta is what multiplies -d log(sum of the weights).
+    delta is what multiplies -d log(sum of the weights). To dmix, a sum over all rows that may cancel, the
+    roundings of delta's own terms are added.
     """
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items() if name in LEAVES}
     o, _, _, sums = by_sequence(**leaves, **options)
     if not sums.requires_grad:  # there is no row
         return {}
-    rounding = o.detach().to(dtype).double() - o.detach()
-    rows = 2 * (tensors["do"] * rounding).sum(-1).transpose(1, 2)
-    moved = torch.autograd.grad((rows * sums.log()).sum(), leaves.values(), allow_unused=True)
-    pairs = zip(leaves, moved, strict=True)
-    return {f"d{name}": x.abs().max().item() for name, x in pairs if x is not None and x.numel()}
+    o, do, high = o.detach(), tensors["do"], torch.promote_types(dtype, torch.float32)
+    rounding = (do * (o.to(dtype).double() - o)).sum(-1)  # [B, T, Hq]
+    signs = torch.randn(rounding.shape, generator=torch.Generator().manual_seed(0)).sign()
+    computing = signs * torch.finfo(high).eps / 2 * (do * o).abs().sum(-1)
+
+    def moved(rows):
+        loss = 2 * (rows.transpose(1, 2) * sums.log()).sum()
+        gradients = torch.autograd.grad(loss, leaves.values(), allow_unused=True, retain_graph=True)
+        pairs = zip(leaves, gradients, strict=True)
+        return {f"d{name}": x.abs().max().item() for name, x in pairs if x is not None and x.numel()}
+
+    slack = moved(rounding)
+    if "dmix" in slack:
+        slack["dmix"] += moved(computing)["dmix"]
+    return slack
 
 
 @functools.lru_cache(maxsize=64)

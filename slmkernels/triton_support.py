@@ -24,6 +24,11 @@ except ImportError as error:  # no Triton for this platform, or one that does no
 
 AUTOTUNE = os.environ.get("SLMKERNELS_AUTOTUNE") == "1"
 MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+
+# What the operands of products with a state are rounded to, by the inputs' dtype. A state, a denominator's
+# reciprocal or a gradient leaves float16's range easily; TensorFloat-32 has its digits and float32's range.
+OPERANDS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
 
 def reason_against_tensor(name: str, x: Tensor) -> str | None:
@@ -42,12 +47,13 @@ def reason_against_tensor(name: str, x: Tensor) -> str | None:
 
 
 def reason_against(call) -> str | None:
-    """None where these kernels can run `call` (any object with its q and v), else why not."""
+    """None where these kernels can run `call` (any object with its q, v and maybe phi_q), else why not."""
     reason = reason_against_tensor("q", call.q)
     if reason is not None:
         return reason
-    for name, x in (("q", call.q), ("v", call.v)):
-        if x.shape[-1] > MAX_HEAD_DIM:
+    for name in ("q", "v", "phi_q"):
+        x = getattr(call, name, None)
+        if x is not None and x.shape[-1] > MAX_HEAD_DIM:
             return f"{name} has head dimension {x.shape[-1]}; up to {MAX_HEAD_DIM} is supported"
     return None
 
@@ -71,3 +77,23 @@ def readable(x: Tensor) -> Tensor:
     if (x.shape[-1] > 1 and x.stride(-1) != 1) or x.stride(1) >= 2**23:
         return x.contiguous()
     return x
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The online softmax takes max(x) * unit for max(x * unit) and -inf * unit for -inf: unit must be > 0."""
+    return (q, scale) if scale > 0 else (-q, max(-scale, 1e-30))  # a scale of 0: tiny enough for 2^0
+
+
+@functools.cache
+def autotuned(kernel, tiles: tuple[tuple[tuple[str, int], ...], ...], *choice):
+    """`kernel` behind Triton's autotuner, to measure `tiles`; one instance a choice, so that no length enters
+    its key."""
+    configs = []
+    for tile in map(dict, tiles):
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        configs.append(triton.Config(tile, **options))
+    return triton.autotune(configs, key=[])(kernel)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import native
+from ... import native, triton_support
 from ...autocast import as_autocast_wants, without_autocast
 from ...autograd import Function, apply_function
 from ...dispatch import Operation, register
@@ -19,7 +19,7 @@ from ...validation import (
     check_state,
     fail,
 )
-from . import reference
+from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
 
 ALIGNMENTS = ("sliding", "block")
 NO_BOUND = 2**62  # a window this long hides nothing, and position + window would pass 2**63
@@ -121,6 +121,7 @@ def prepare(
 # Best first; the same for the operation and its decode step.
 SUPPORTS = {
     "native": native.reason_against_call,
+    "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
 OPERATION = register(Operation("hybrid_attention", dict(SUPPORTS), prepare))

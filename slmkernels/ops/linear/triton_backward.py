@@ -27,21 +27,8 @@ partial dq and dk for each block of V, and only B H programs.
 import triton
 import triton.language as tl
 
-from .triton_chunk import (
-    earlier,
-    gates,
-    load_block,
-    load_keys,
-    load_tokens,
-    locate,
-    of_state,
-    one_key,
-    pairs,
-    product,
-    span,
-    store_block,
-    store_tokens,
-)
+from ...triton_tiles import load_block, load_tokens, locate, product, span, store_block, store_tokens
+from .triton_chunk import earlier, gates, load_keys, of_state, one_key, pairs
 
 
 @triton.jit(do_not_specialize=["T", "N"])

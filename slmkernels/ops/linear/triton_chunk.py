@@ -1,4 +1,4 @@
-"""Linear attention in Triton: one chunk of a sequence. Where it lies, its gates, its products.
+"""Linear attention in Triton: one chunk of a sequence. Its keys, its gates, its triangular inverse.
 
 Gates are natural logarithms g <= 0, one a token (GATE 1) or one a token and key channel (GATE 2); GATE 0 is
 none. Inside a chunk of C tokens, with sums over gates,
@@ -18,92 +18,9 @@ as -200, so that -inf gives zeros and no NaN; e^-200 is zero in float32.
 import triton
 import triton.language as tl
 
+from ...triton_tiles import load_block, load_tokens, product
+
 LOWEST = tl.constexpr(-200.0)
-
-
-# ---- where a chunk lies ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def span(n, cu, T, C):
-    """Sequence n -> batch row, first token, length, number of its first chunk among all chunks.
-
-    Packed, sequence n owns the chunks from cu[n] // C + n up to the same of n + 1: enough of them for any
-    length, and their number, T // C + N, follows from shapes alone. Surplus ones hold no token.
-    """
-    if cu is None:
-        b, start, length = n.to(tl.int64), n.to(tl.int64) * 0, T
-        first = b * tl.cdiv(T, C)
-    else:
-        start = tl.load(cu + n).to(tl.int64)
-        b, length = start * 0, tl.load(cu + n + 1) - start.to(tl.int32)
-        first = start // C + n
-    return b, start, length, first
-
-
-@triton.jit
-def owner(chunk, cu, T, N, C):
-    """Chunk number -> the sequence that owns it, by `span`'s numbers."""
-    if cu is None:
-        n = chunk // tl.cdiv(T, C)
-    else:
-        n, high = chunk * 0, chunk * 0 + N
-        while high - n > 1:
-            middle = (n + high) // 2
-            before = tl.load(cu + middle) // C + middle <= chunk
-            n = tl.where(before, middle, n)
-            high = tl.where(before, high, middle)
-    return n
-
-
-@triton.jit
-def locate(chunk, cu, T, N, C):
-    """Chunk number -> batch row, the sequence's first token and length, the chunk's first token in it."""
-    n = owner(chunk, cu, T, N, C)
-    b, start, length, first = span(n, cu, T, C)
-    return b, start, length, (chunk - first.to(tl.int32)) * C
-
-
-@triton.jit
-def load_block(
-    base, first, limit, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Rows first.. and columns column.. of a matrix [limit, WIDTH] as a tile [ROWS, COLS]; zero outside."""
-    r, c = tl.arange(0, ROWS), column + tl.arange(0, COLS)
-    inside = (first + r < limit)[:, None]
-    if WIDTH % COLS != 0 or WIDTH == 0:
-        inside = inside & (c < WIDTH)[None, :]
-    base += tl.cast(first, tl.int64) * stride
-    return tl.load(base + r[:, None] * stride + c[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_block(
-    base, tile, first, limit, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """The inverse of `load_block`; rounds to the matrix's dtype."""
-    r, c = tl.arange(0, ROWS), column + tl.arange(0, COLS)
-    inside = (first + r < limit)[:, None]
-    if WIDTH % COLS != 0 or WIDTH == 0:
-        inside = inside & (c < WIDTH)[None, :]
-    base += tl.cast(first, tl.int64) * stride
-    tl.store(base + r[:, None] * stride + c[None, :], tile.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def load_tokens(base, first, limit, stride, C: tl.constexpr):
-    """One float32 number a token, zero outside."""
-    r = tl.arange(0, C)
-    base += tl.cast(first, tl.int64) * stride
-    return tl.load(base + r.to(tl.int64) * stride, mask=first + r < limit, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tokens(base, x, first, limit, stride, C: tl.constexpr):
-    """The inverse of `load_tokens`."""
-    r = tl.arange(0, C)
-    base += tl.cast(first, tl.int64) * stride
-    tl.store(base + r.to(tl.int64) * stride, x, mask=first + r < limit)
 
 
 @triton.jit
@@ -195,19 +112,7 @@ def one_key(base, j, first, length, stride, K: tl.constexpr, K_PAD: tl.constexpr
     return x
 
 
-# ---- products ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """a @ b with float32 sums. PRECISION, a dtype or one of tl.dot's names for float32, is the operands'."""
-    if PRECISION == "bf16":
-        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    elif PRECISION == "fp16":
-        c = tl.dot(a.to(tl.float16), b.to(tl.float16))
-    else:
-        c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
-    return c
+# ---- inverse -----------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -47,23 +47,8 @@ a GPU yet.
 import triton
 import triton.language as tl
 
-from .triton_chunk import (
-    LOWEST,
-    earlier,
-    gates,
-    inverse,
-    load_block,
-    load_keys,
-    load_tokens,
-    locate,
-    of_state,
-    one_key,
-    owner,
-    pairs,
-    product,
-    span,
-    store_block,
-)
+from ...triton_tiles import load_block, load_tokens, locate, owner, product, span, store_block
+from .triton_chunk import LOWEST, earlier, gates, inverse, load_keys, of_state, one_key, pairs
 
 
 @triton.jit(do_not_specialize=["T", "N"])

@@ -24,15 +24,21 @@ import functools
 import torch
 from torch import Tensor
 
-from ...triton_support import ABSENT, AUTOTUNE, INTERPRETED, architecture, padded, readable
+from ...triton_support import (
+    ABSENT,
+    AUTOTUNE,
+    INTERPRETED,
+    OPERANDS,
+    architecture,
+    autotuned,
+    dense,
+    padded,
+    readable,
+)
 
 if ABSENT is None:
-    import triton
-
     from . import triton_backward, triton_forward
 
-# What the operands of products are rounded to, by the inputs' dtype; why: triton_forward.py.
-OPERANDS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype of the states kept; float32 otherwise
 FEW, LONG, SHORTEST = 128, 4096, 512  # see `split_length`; SHORTEST is a multiple of every chunk's length
 IN_PLACE = ("step", "scan")  # kernels that must run once, and so are not measured
@@ -119,17 +125,6 @@ def config(kind: str, V: int, *choice) -> dict[str, int]:
     return _named(candidates(kind, *choice)[0], V)
 
 
-@functools.cache
-def _autotuned(kernel, kind: str, V: int, *choice):
-    """`kernel` behind Triton's autotuner; one instance a choice, so that no length enters its key."""
-    rows = {tuple(sorted(_named(tile, V).items())): None for tile in candidates(kind, *choice)}
-    configs = []
-    for row in map(dict, rows):
-        options = {name: row.pop(name) for name in ("num_warps", "num_stages")}
-        configs.append(triton.Config(row, **options))
-    return triton.autotune(configs, key=[])(kernel)
-
-
 def _launch(kernel, kind: str, grid, call: "_Sizes", args: list, **flags) -> None:
     """Run `kernel` on grid(BLOCK_V) programs; a 1-D grid, whose limit is 2^31 and not 65535."""
     choice = (kind, call.V, *call.choice())
@@ -140,7 +135,10 @@ def _launch(kernel, kind: str, grid, call: "_Sizes", args: list, **flags) -> Non
         return
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
         if AUTOTUNE and not INTERPRETED and kind not in IN_PLACE:
-            tuned = _autotuned(kernel, *choice)
+            measured = dict.fromkeys(
+                tuple(_named(row, call.V).items()) for row in candidates(kind, *choice[2:])
+            )
+            tuned = autotuned(kernel, tuple(measured), *choice)
             tuned[lambda meta: (grid(meta.get("BLOCK_V")),)](*args, **flags)
         else:
             kernel[(programs,)](*args, **flags, **tile)
@@ -247,10 +245,6 @@ def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.ndim < 4 else readable(x) for x in tensors]
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
@@ -269,8 +263,8 @@ def forward(
         needed = {name: part for name, part in call.parts().items() if name in ("m", "z")}
         kept = {name: v.new_empty(shape, dtype=dtype) for name, (shape, dtype) in needed.items()}
     q, k, v, decay, beta = _readable(q, k, v, decay, beta)
-    states = _dense(initial_state, initial_normalizer)
-    cu = _dense(cu_seqlens)[0]
+    states = dense(initial_state, initial_normalizer)
+    cu = dense(cu_seqlens)[0]
     m, z = kept.get("m"), kept.get("z")
     if call.intra():
         args = [q, k, decay, beta, cu, m, z, call.T, call.N, *_strides(q, k, decay, beta)]
@@ -323,7 +317,7 @@ def backward(
     q, k, v, decay, beta = _readable(q, k, v, decay, beta)
     do = readable(do)
     m, z, den = kept.get("m"), kept.get("z"), kept.get("den")
-    cu, dstate, dnormalizer = _dense(cu_seqlens, dstate, dnormalizer)
+    cu, dstate, dnormalizer = dense(cu_seqlens, dstate, dnormalizer)
     if normalize:
         args = [q, k, v, do, decay, cu, m, kept["state"], den, dden, call.T, call.N]
         args += _strides(q, k, v, do, decay)

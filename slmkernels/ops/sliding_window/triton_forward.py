@@ -29,7 +29,7 @@ do nothing.
 import triton
 import triton.language as tl
 
-from ...triton_tiles import load_rows, store_rows
+from ...triton_tiles import accumulate, load_rows, store_rows
 
 # ---- what both directions share ----------------------------------------------------------------------------
 
@@ -86,19 +86,6 @@ def tanh(x):
 
 
 # ---- forward -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def accumulate(acc, m, denom, x, unit, v):
-    """One key block of the online softmax: scores x [M, N] (hidden ones -inf), values v [N, DV_PAD]."""
-    m_new = tl.maximum(m, tl.max(x, 1) * unit)
-    # rows that saw nothing yet: 2^(-inf - 0) = 0, no nan
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(x * unit - shift[:, None])
-    keep = tl.exp2(m - shift)
-    acc = acc * keep[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, m_new, denom * keep + tl.sum(p, 1)
 
 
 @triton.jit

@@ -13,19 +13,25 @@ SLMKERNELS_AUTOTUNE=1 in the environment measures the `candidates` instead on th
 length: one compiled kernel serves all.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ...triton_support import ABSENT, AUTOTUNE, INTERPRETED, architecture, padded, readable
+from ...triton_support import (
+    ABSENT,
+    AUTOTUNE,
+    INTERPRETED,
+    LOG2_E,
+    architecture,
+    autotuned,
+    padded,
+    positive,
+    readable,
+)
 
 if ABSENT is None:
     import triton
 
     from . import triton_backward, triton_forward
-
-LOG2_E = 1.4426950408889634
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------
@@ -105,22 +111,13 @@ def step_config(rows: int, D_PAD: int, DV_PAD: int, dtype: torch.dtype) -> dict[
     return _named(tile)
 
 
-@functools.cache
-def _autotuned(kernel, *choice):
-    """`kernel` behind Triton's autotuner; one instance a choice, so that no length enters its key."""
-    configs = [
-        triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
-        for block_m, block_n, warps, stages in candidates(*choice)
-    ]
-    return triton.autotune(configs, key=[])(kernel)
-
-
 def _launch(kernel, kind: str, tiles, heads: int, window: int, q: Tensor, args: list, sizes: dict) -> None:
     """Run `kernel` on `tiles(blocks)` x `heads` programs; a 1-D grid, whose limit is 2^31 and not 65535."""
     choice = (kind, bucket(window), sizes["D"], sizes["DV"], q.dtype, architecture(q.device))
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if AUTOTUNE and not INTERPRETED:
-            _autotuned(kernel, *choice)[lambda meta: (tiles(meta) * heads,)](*args, **sizes)
+            measured = tuple(tuple(_named(tile).items()) for tile in candidates(*choice))
+            autotuned(kernel, measured, *choice)[lambda meta: (tiles(meta) * heads,)](*args, **sizes)
         else:
             tile = config(*choice)
             kernel[(tiles(tile) * heads,)](*args, **sizes, **tile)
@@ -137,13 +134,6 @@ def _bounds(T: int, S: int, left: int, right: int) -> tuple[int, int]:
 def _units(scale: float, softcap: float) -> tuple[float, float]:
     """(inner, unit): a score in log2 units is x * unit, x = q.k, or x = tanh(q.k * inner) with a softcap."""
     return (scale / softcap, softcap * LOG2_E) if softcap else (0.0, scale * LOG2_E)
-
-
-def _positive(q: Tensor, scale: float, softcap: float) -> tuple[Tensor, float]:
-    """The online softmax takes max(x) * unit for max(x * unit) and -inf * unit for -inf: unit must be > 0."""
-    if scale > 0 or softcap:
-        return q, scale
-    return -q, max(-scale, 1e-30)  # a scale of 0: tiny enough for 2^0
 
 
 def _sizes(q: Tensor, v: Tensor, softcap: float) -> dict[str, int | bool]:
@@ -183,7 +173,7 @@ def forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softca
         return o, lse
     left, right = _bounds(T, S, left, right)
     cu_q, cu_k, N = _sequences(cu_seqlens, cu_seqlens_k)
-    q, scale = _positive(q, scale, softcap)
+    q, scale = (q, scale) if softcap else positive(q, scale)
     q, k, v = readable(q), readable(k), readable(v)
     sinks = None if sinks is None else sinks.contiguous()
     args = [q, k, v, sinks, o, lse, cu_q, cu_k, T, S, N, left, right, *_units(scale, softcap)]
@@ -241,7 +231,7 @@ def step(q, k, v, k_ring, v_ring, position, sinks, scale, softcap) -> Tensor:
     for name, ring in (("k_ring", k_ring), ("v_ring", v_ring)):
         if ring.shape[3] > 1 and ring.stride(3) != 1:
             raise ValueError(f"{name} has strides {ring.stride()}; expected 1 in the last dimension")
-    q, scale = _positive(q, scale, softcap)
+    q, scale = (q, scale) if softcap else positive(q, scale)
     q, k, v = readable(q), readable(k), readable(v)
     sinks = None if sinks is None else sinks.contiguous()
     sizes = _sizes(q, v, softcap)

@@ -182,6 +182,16 @@ def test_low_precision_and_autocast(dtype):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in exact.parameters())
 
 
+@maps
+def test_compiles_as_one_graph(name):
+    m, x = module(feature_map=name, dtype=torch.float32), tokens(2, 9, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(m, fullgraph=True, backend="eager")
+    close(compiled(x), m(x), 1e-5)
+    compiled(x).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in m.parameters())
+
+
 def test_the_backend_argument_reaches_the_operation():
     m, x = module(), tokens(1, 4)
     assert torch.isfinite(m(x, backend="reference")).all()

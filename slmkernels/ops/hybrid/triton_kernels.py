@@ -223,7 +223,7 @@ def backward(
     delta, rest = torch.empty_like(shift), torch.empty_like(shift)
     total = None if mix is None else torch.empty_like(shift)
     unused = shift.new_empty(1)
-    lengths = [call.T, call.N, call.reach, call.W, scale, scale * LOG2_E]
+    lengths = [call.T, call.S, call.N, call.reach, call.W, scale, scale * LOG2_E]
 
     args = [
         q,

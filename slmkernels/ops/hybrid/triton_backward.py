@@ -36,7 +36,8 @@ from .triton_forward import far_keys, first_beyond, first_near, query_tile
 @triton.jit(do_not_specialize=["T", "S", "N", "reach", "W"])
 def dq_kernel(
     q, k, v, phi_k, mix, states, cu, o, do, shift, top, den, dq, dphi_q, delta, rest, total,
-    T, S, N, reach, W, scale, unit, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, fk_b, fk_t, fk_h, o_b, o_t, o_h,
+    T, S, N, reach, W, scale, unit, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, fk_b, fk_t, fk_h,
+    o_b, o_t, o_h,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
     D_PAD: tl.constexpr, F_PAD: tl.constexpr, V_PAD: tl.constexpr, SEG: tl.constexpr,
     ALIGNED: tl.constexpr, STATE0: tl.constexpr, PRECISION: tl.constexpr,

@@ -19,8 +19,9 @@ from .facts import info
 from .train import Interrupted, Settings, Trainer, TrainError, demo, load_corpus, load_model, train
 from .train import checkpoint as checkpoints
 from .train.data import decode_stream, encode
+from .train.settings import LAYERS
 
-DEMO_SETTINGS = ("steps", "pattern", "linear_mode", "linear_feature_map")  # that `demo` takes too
+DEMO_SETTINGS = ("steps", *LAYERS)  # that `demo` takes too
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,4 @@
-"""Inputs and the acceptance rule that the tests of linear attention share.
-
-An implementation passes if its error against the token loop in float64 is at most twice that of the same loop
-in PyTorch in the same dtype, plus a rounding of the largest value, forward and in every gradient:
-
-    |ours - ref64| <= 2 |torch_same_dtype - ref64| + eps * max(1, max|ref64|)
-"""
+"""Inputs that the tests of linear attention share, and the two loops over tokens that `rule` wants."""
 
 import functools
 from collections.abc import Callable
@@ -12,15 +6,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from rule import Results, Tensors, compare, rounded, run
 from torch import Tensor
 
-from slmkernels import linear_attention, native
+from slmkernels import linear_attention
 from slmkernels.ops.linear import reference
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# A few units in the last place: of the state's type for float64 and float32, of the results' otherwise.
-EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-TIERS = native.host.isa_supported() if native.host else []
 
 # The rows of the table in `linear_attention`: the shape of decay, and whether there is a beta.
 ROWS = {
@@ -38,10 +28,7 @@ DELTA = [row for row, (_, beta) in ROWS.items() if beta]
 VARIANTS = [(row, False) for row in ROWS] + [("linear", True), ("retention", True), ("gla", True)]
 VARIANT_IDS = [f"{row}{' normalized' * normalize}" for row, normalize in VARIANTS]
 
-QKV = ("q", "k", "v")
-LEAVES = (*QKV, "decay", "beta", "state", "normalizer")
-Tensors = dict[str, Tensor]
-Results = tuple[Tensor, Tensor, Tensor | None]
+LEAVES = ("q", "k", "v", "decay", "beta", "state", "normalizer")
 
 
 def gates(kind: str | float, shape: tuple[int, ...], draw: Tensor) -> Tensor:
@@ -161,47 +148,6 @@ def torch_same_dtype(
         states.append(S), normalizers.append(zn)
     states, normalizers = torch.cat(states or [state]), torch.cat(normalizers or [z])
     return torch.cat(outputs, 1), states, normalizers if normalize else None
-
-
-def rounded(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """The tensors as a call in dtype gets them: gates and states in float32 at least."""
-    high = torch.promote_types(dtype, torch.float32)
-    return {name: x.to(dtype if name in (*QKV, "do") else high) for name, x in tensors.items()}
-
-
-def run(tensors: Tensors, attend: Callable[..., Results], **options) -> Tensors:
-    """All results of one implementation and all gradients, from o and from the final states."""
-    leaves = {name: tensors[name].detach().clone().requires_grad_() for name in LEAVES if name in tensors}
-    results = dict(zip(("o", "state", "normalizer"), attend(**leaves, **options), strict=True))
-    results = {name: x for name, x in results.items() if x is not None}
-    linked = [name for name, x in results.items() if x.requires_grad]
-    gradients = [torch.zeros_like(x) for x in leaves.values()]
-    if linked:
-        gradients = torch.autograd.grad(
-            [results[name] for name in linked],
-            list(leaves.values()),
-            [tensors[f"d{name}"] for name in linked],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    named = {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in results.items()} | named
-
-
-def compare(ours: Tensors, same: Tensors, truth: Tensors, dtype: torch.dtype) -> None:
-    """Assert the acceptance rule for every result."""
-    assert ours.keys() == truth.keys()
-    for name, x in truth.items():
-        low = name in ("o", "dq", "dk", "dv")
-        assert ours[name].dtype == (dtype if low else torch.promote_types(dtype, torch.float32)), name
-        assert ours[name].shape == x.shape, name
-        if x.numel() == 0:
-            continue
-        plain = (same[name].double() - x).abs().max().item()
-        assert plain < torch.inf, f"{name}: PyTorch's own result is not finite, the rule would say nothing"
-        error = (ours[name].double() - x).abs().max().item()
-        allowed = 2 * plain + EPS[dtype] * max(1.0, x.abs().max().item())
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @functools.lru_cache(maxsize=32)

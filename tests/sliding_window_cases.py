@@ -10,13 +10,11 @@ does. Where dP and delta cancel, that rounding is all that is left of dS; `round
 """
 
 import torch
+from rule import EPS
 
 from slmkernels import sliding_window_attention
 from slmkernels.ops.sliding_window.function import prepare
 from slmkernels.ops.sliding_window.reference import visible
-
-# A few units in the last place: of the statistics' type for float64 and float32, of the results' otherwise.
-EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 def inputs(seed, B, T, S, Hq, H, D, Dv, *, sinks=False):

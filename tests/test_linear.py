@@ -9,11 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from linear_cases import (
     DELTA,
-    DTYPES,
     GATED,
     LEAVES,
     ROWS,
-    TIERS,
     VARIANT_IDS,
     VARIANTS,
     check,
@@ -21,17 +19,26 @@ from linear_cases import (
     expected,
     make,
     public,
+)
+from rule import (
+    DTYPES,
+    TIERS,
+    every_backend,
+    every_dtype,
+    needs_native,
+    on_threads,
+    on_tier,
     rounded,
     run,
+    same_bits,
+    same_in_float64,
+    two_dtypes,
 )
 
-from slmkernels import explain, linear_attention, native, use_backend
+from slmkernels import explain, linear_attention, use_backend
 from slmkernels.ops.linear import function, reference
 
-needs_native = pytest.mark.skipif(not native.HAS_CPU, reason=str(native.REASONS.get("_C_cpu")))
 every_variant = pytest.mark.parametrize(("row", "normalize"), VARIANTS, ids=VARIANT_IDS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 NATIVE = public("native")
 PACKED = (0, 0, 31, 32, 32, 100)
 
@@ -56,12 +63,6 @@ CASES = {
 # (K, V)
 SWEPT = [(16, 16), (16, 256), (32, 64), (64, 32), (64, 64), (96, 96), (96, 128), (128, 64), (128, 128)]
 SWEPT += [(256, 16), (256, 256)]
-
-
-def same_in_float64(ours, expected, names=None):
-    """Equal up to the last digits of float64; `names`: only these results."""
-    for name in names or expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
 # --- the reference
@@ -131,7 +132,7 @@ def test_reference_by_chunks_is_the_reference_by_tokens(row, normalize, monkeypa
         same_in_float64(run(tensors, public("reference"), **options), run(tensors, exact, **options))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@every_backend
 @pytest.mark.parametrize(
     "sizes",
     [{"T": 5, "K": 3, "V": 2, "Hk": 1, "l2norm_qk": True}, {"T": 18, "H": 1, "K": 2, "V": 1}],
@@ -168,13 +169,9 @@ def test_native(case, row, normalize, dtype):
 @every_variant
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier, row, normalize, dtype):
-    best = native.host.get_isa()
-    native.host.set_isa(tier)
-    try:
+    with on_tier(tier):
         check(row, dtype, NATIVE, normalize=normalize, **CASES["states, grouped values, l2norm"])
         check(row, dtype, NATIVE, normalize=normalize, **CASES["odd sizes, one key head"])
-    finally:
-        native.host.set_isa(best)
 
 
 @needs_native
@@ -427,15 +424,12 @@ def test_same_bits_for_any_number_of_threads(sizes, row, normalize, dtype):
         row, **{"T": 130, "K": 16, "V": 16, "states": True, "normalize": normalize, **sizes}
     )
     tensors = rounded(tensors, dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 8, 2):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 3, 8, 2):
+        with on_threads(n):
             results.append(run(tensors, NATIVE, **options))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+        same_bits(other, results[0])
 
 
 @needs_native

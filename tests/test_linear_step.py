@@ -4,25 +4,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import (
+from linear_cases import VARIANT_IDS, VARIANTS, exact, make, torch_same_dtype
+from rule import (
     DTYPES,
     TIERS,
-    VARIANT_IDS,
-    VARIANTS,
     compare,
-    exact,
-    make,
+    every_backend,
+    every_dtype,
+    needs_native,
+    on_threads,
+    on_tier,
     rounded,
-    torch_same_dtype,
+    same_bits,
 )
 
-from slmkernels import Unsupported, linear_attention, linear_attention_step, native
+from slmkernels import Unsupported, linear_attention, linear_attention_step
 from slmkernels.ops.linear.step import FEW_TOKENS
 
-needs_native = pytest.mark.skipif(not native.HAS_CPU, reason=str(native.REASONS.get("_C_cpu")))
-every_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 every_variant = pytest.mark.parametrize(("row", "normalize"), VARIANTS, ids=VARIANT_IDS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 TOKENS = ("q", "k", "v", "decay", "beta")
 STATES = ("state", "normalizer")
@@ -108,12 +107,8 @@ def test_any_shape(variant, split, B, Hk, group, K, V, l2norm, dtype):
 @every_variant
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier, row, normalize, dtype):
-    best = native.host.get_isa()
-    native.host.set_isa(tier)
-    try:
+    with on_tier(tier):
         check(row, dtype, [1] * 10, "native", H=4, Hk=2, K=33, V=70, normalize=normalize, l2norm_qk=True)
-    finally:
-        native.host.set_isa(best)
 
 
 @needs_native
@@ -121,15 +116,12 @@ def test_every_tier(tier, row, normalize, dtype):
 def test_same_bits_for_any_number_of_threads(row, normalize):
     tensors, options = make(row, B=2, T=4, H=8, K=64, V=64, states=True, normalize=normalize)
     tensors = rounded(tensors, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 3):
+        with on_threads(n):
             results.append(decode(tensors, [1, 1, 2], "native", **options))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+        same_bits(other, results[0])
 
 
 @needs_native

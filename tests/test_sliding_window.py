@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule import DTYPES, TIERS, needs_native
 from sliding_window_cases import check, inputs, run
 
 import slmkernels
 from slmkernels import explain, native, sliding_window_attention, triton_support, use_backend
 from slmkernels.ops.sliding_window import function, reference
-
-needs_native = pytest.mark.skipif(not native.HAS_CPU, reason=str(native.REASONS.get("_C_cpu")))
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TIERS = native.host.isa_supported() if native.host else []
 
 # name -> sizes (B, T, S, Hq, H, D, Dv) and options
 CASES = {

@@ -1,7 +1,8 @@
 // The window's geometry, in one place: which keys a query sees, which queries see a key.
 //
 // Query i (a position, not a row: row t stands at i = t + S - T) sees the keys
-// i - left <= j <= i + right; a side of kUnbounded has no bound. All ranges are half open.
+// i - left <= j <= i + right; a side of kUnbounded has no bound. With `block`, positions stand in blocks of that
+// size, and the first key is that of the block before the query's own. All ranges are half open.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +17,20 @@ struct Range {
 struct Band {
     static constexpr int64_t kUnbounded = -1;
     int64_t left, right;
+    int64_t block = 0;
+
+    // The first key that a query sees if there is a bound; may be negative.
+    constexpr int64_t first(int64_t i) const { return block > 0 ? i / block * block - block : i - left; }
+    // The last query that sees a key.
+    constexpr int64_t last(int64_t j) const { return block > 0 ? (j / block + 2) * block - 1 : j + left; }
 
     constexpr bool sees(int64_t i, int64_t j) const {
-        return (left < 0 || j >= i - left) && (right < 0 || j <= i + right);
+        return (left < 0 || j >= first(i)) && (right < 0 || j <= i + right);
     }
 
     // Keys of [0, S) that at least one of the queries [i.begin, i.end) sees.
     constexpr Range keys(Range i, int64_t S) const {
-        const int64_t begin = left < 0 ? 0 : i.begin - left;
+        const int64_t begin = left < 0 ? 0 : first(i.begin);
         const int64_t end = right < 0 ? S : i.end + right;
         return clip({begin, end}, {0, S});
     }
@@ -31,7 +38,7 @@ struct Band {
     // Queries of `all` that see at least one of the keys [j.begin, j.end).
     constexpr Range queries(Range j, Range all) const {
         const int64_t begin = right < 0 ? all.begin : j.begin - right;
-        const int64_t end = left < 0 ? all.end : j.end + left;
+        const int64_t end = left < 0 ? all.end : last(j.end - 1) + 1;
         return clip({begin, end}, all);
     }
 

@@ -78,4 +78,14 @@ inline std::vector<int64_t> offsets(const Tensor& x, int64_t total, const char* 
     return result;
 }
 
+using Sizes = std::initializer_list<int64_t>;
+
+// Gates, states, sums: of the given shape and dtype, contiguous.
+inline Tensor statistics(const Tensor& x, Sizes shape, ScalarType dtype, const char* name) {
+    bool fits = x.dim() == int64_t(shape.size()) && x.scalar_type() == dtype;
+    for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(int64_t(d)) == *(shape.begin() + d);
+    STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype (float32, or float64 for float64 inputs)");
+    return torch::stable::contiguous(x);
+}
+
 }  // namespace slm

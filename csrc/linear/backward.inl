@@ -29,21 +29,6 @@
 
 constexpr int64_t kMostRows = 64;  // of a chunk
 
-// columns x [K][V] of a state, transposed, into [columns][Kp]; and back.
-template <typename F>
-void load_transposed(const F* from, int64_t K, int64_t stride, int64_t columns, F* to) {
-    const int64_t width = round_up(K, kLanes<F>);
-    if (from == nullptr) return fill_zero(to, columns * width);
-    pack_transposed<Fma<F>>(from, stride, K, columns, to, width);
-}
-
-template <typename F>
-void store_transposed(const F* from, int64_t K, int64_t stride, int64_t columns, F* to) {
-    const int64_t width = round_up(K, kLanes<F>);
-    for (int64_t d = 0; d < K; ++d)
-        for (int64_t e = 0; e < columns; ++e) to[d * stride + e] = from[e * width + d];
-}
-
 template <typename F>
 struct Backward {
     static constexpr int L = kLanes<F>;
@@ -453,24 +438,5 @@ void backward_tasks(const slm::LinearGradient& g, int64_t begin, int64_t end) {
         count = end - task < count ? end - task : count;
         backward.template walk<E>(chunk, task, count);
         task += count;
-    }
-}
-
-template <typename F, typename E>
-void sum_part_rows(const void* from, void* to, int64_t parts, int64_t n, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        const F* x = static_cast<const F*>(from) + row * parts * n;
-        E* y = static_cast<E*>(to) + row * n;
-        int64_t d = 0;
-        for (; d + kLanes<F> <= n; d += kLanes<F>) {
-            Vec<F> sum = loadu<F>(x + d);
-            for (int64_t part = 1; part < parts; ++part) sum += loadu<F>(x + part * n + d);
-            ::store<F>(y + d, sum);
-        }
-        for (; d < n; ++d) {
-            F sum = x[d];
-            for (int64_t part = 1; part < parts; ++part) sum += x[part * n + d];
-            narrow(sum, y + d);
-        }
     }
 }

@@ -21,6 +21,8 @@ using slm::fresh;
 using slm::offsets;
 using slm::rows_of;
 using slm::Sequence;
+using slm::Sizes;
+using slm::statistics;
 using slm::statistics_type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -52,15 +54,6 @@ int64_t task_columns(int64_t heads, int64_t V, int64_t wanted) {
     return std::max<int64_t>(1, (V + parts - 1) / parts);
 }
 
-// Gates and states: in the computing dtype, of the given shape, contiguous.
-template <typename Shape>
-Tensor statistics(const Tensor& x, const Shape& shape, ScalarType dtype, const char* name) {
-    bool fits = x.dim() == int64_t(shape.size()) && x.scalar_type() == dtype;
-    for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(int64_t(d)) == *(shape.begin() + d);
-    STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype (float32, or float64 for float64 inputs)");
-    return torch::stable::contiguous(x);
-}
-
 struct Inputs {
     Tensor q, k, v;
     Optional decay, beta, state, z;
@@ -70,8 +63,6 @@ struct Inputs {
 
     const void* data(const Optional& x) const { return x.has_value() ? x->data_ptr() : nullptr; }
 };
-
-using Sizes = std::initializer_list<int64_t>;
 
 Decay read_decay(const Optional& decay, int64_t B, int64_t T, int64_t H, int64_t K, ScalarType dtype,
                  Optional& to) {

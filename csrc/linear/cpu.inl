@@ -22,8 +22,8 @@
 // One gate a head: the sums j..i run down a vector of lanes j, one addition a row. One a channel: see
 // channels.inl. An exponent is never above 0, and -inf gives exact zeros.
 
-#include "../common/pack.h"
-#include "../common/scratch.h"
+#include "../common/ahead.h"
+#include "../common/vectors.h"
 #include "linear.h"
 
 namespace {
@@ -46,71 +46,10 @@ SLM_INLINE Vec<F> sum_lanes(Vec<F>* rows) {
 }
 
 template <typename F>
-SLM_INLINE F dot(const F* a, const F* b, int64_t width) {
-    Vec<F> sum{};
-    for (int64_t d = 0; d < width; d += kLanes<F>) sum += loadu<F>(a + d) * loadu<F>(b + d);
-    return reduce_add<F>(sum);
-}
-
-template <typename F>
 SLM_INLINE bool finite(const F* x, int64_t n) {
     Vec<F> sum{};
     for (int64_t d = 0; d < n; d += kLanes<F>) sum += loadu<F>(x + d) * F(0);
     return reduce_add<F>(sum) == F(0);  // 0 times NaN or infinity is NaN
-}
-
-template <typename F>
-SLM_INLINE Vec<F> lane_numbers(int64_t first) {
-    Vec<F> x;
-    for (int l = 0; l < kLanes<F>; ++l) x[l] = F(l);
-    return x + F(first);
-}
-
-// Row r times factor[r * step].
-template <typename F>
-SLM_INLINE void scale_rows(F* x, const F* factor, int64_t step, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < width; d += kLanes<F>)
-            storeu<F>(x + r * width + d, loadu<F>(x + r * width + d) * factor[r * step]);
-}
-
-template <typename F>
-SLM_INLINE void multiply(F* to, const F* a, const F* b, int64_t n) {
-    for (int64_t d = 0; d < n; d += kLanes<F>) storeu<F>(to + d, loadu<F>(a + d) * loadu<F>(b + d));
-}
-
-template <typename F>
-SLM_INLINE void add_product(F* to, const F* a, const F* b, int64_t n) {
-    for (int64_t d = 0; d < n; d += kLanes<F>)
-        storeu<F>(to + d, loadu<F>(to + d) + loadu<F>(a + d) * loadu<F>(b + d));
-}
-
-template <typename F>
-SLM_INLINE void add(F* to, const F* a, int64_t n) {
-    for (int64_t d = 0; d < n; d += kLanes<F>) storeu<F>(to + d, loadu<F>(to + d) + loadu<F>(a + d));
-}
-
-// A row from storage times a factor, and back.
-template <typename F, typename E>
-SLM_INLINE void widen_scaled(const E* from, F* to, F factor, int64_t n) {
-    constexpr int L = kLanes<F>;
-    int64_t d = 0;
-    for (; d + L <= n; d += L) storeu<F>(to + d, load<F>(from + d) * factor);
-    if (d == n) return;
-    for (int l = 0; l < L; ++l) to[d + l] = d + l < n ? widen<F>(from[d + l]) * factor : F(0);
-}
-
-template <typename F, typename E>
-SLM_INLINE void narrow_scaled(const F* from, E* to, F factor, int64_t n) {
-    constexpr int L = kLanes<F>;
-    int64_t d = 0;
-    for (; d + L <= n; d += L) store<F>(to + d, loadu<F>(from + d) * factor);
-    for (; d < n; ++d) narrow(from[d] * factor, to + d);
-}
-
-template <typename F>
-SLM_INLINE void fill_zero(F* to, int64_t n) {
-    __builtin_memset(to, 0, size_t(n) * sizeof(F));
 }
 
 template <typename F>
@@ -126,37 +65,6 @@ void mix_channels(Chunk<F>& chunk, Readers readers, ChannelGradient<F>* gradient
 // Which readers of a chunk: q alone, k alone (to advance the state under the delta rule), or both.
 struct Readers {
     int first, last;
-};
-
-// Asks for the rows that the chunk to come reads and writes, a few at a time between products: the rows of
-// one head lie H D apart, which the hardware's own prefetchers do not follow.
-struct Ahead {
-    struct Tensor {
-        char* rows;
-        int64_t stride, bytes;
-        bool written;
-    } tensors[7];
-    int count = 0;
-    int64_t at = 0, end = 0;
-
-    template <typename E>
-    void add(const Rows& x, int64_t b, int64_t t, int64_t h, int64_t column, int64_t width, bool written) {
-        char* rows = reinterpret_cast<char*>(x.at<E>(b, t, h) + column);
-        tensors[count++] = {rows, x.t * int64_t(sizeof(E)), width * int64_t(sizeof(E)), written};
-    }
-
-    SLM_INLINE void fetch(int64_t rows) {
-        for (; rows > 0 && at < end; --rows, ++at)
-            for (int i = 0; i < count; ++i) {
-                const Tensor& x = tensors[i];
-                if (x.written)
-                    for (int64_t byte = 0; byte < x.bytes; byte += 64)
-                        __builtin_prefetch(x.rows + at * x.stride + byte, 1, 2);
-                else
-                    for (int64_t byte = 0; byte < x.bytes; byte += 64)
-                        __builtin_prefetch(x.rows + at * x.stride + byte, 0, 2);
-            }
-    }
 };
 
 // Which sequence, head and value columns a task has.
@@ -387,27 +295,6 @@ SLM_INLINE F denominator(const Chunk<F>& chunk, const F* z, int64_t i) {
     Vec<F> sum{};
     for (int64_t j = 0; j < i + 1; j += kLanes<F>) sum += loadu<F>(chunk.M + i * chunk.C + j);
     return reduce_add<F>(sum) + dot(chunk.xr + i * chunk.Kp, z, chunk.Kp) + F(1e-6);
-}
-
-// The state of one task: columns of `from` [K][p.V], or zeros, into [K][Vp]; and back.
-template <typename F>
-void load_state(const void* from, int64_t K, int64_t stride, int64_t columns, F* to) {
-    const int64_t width = round_up(columns, kLanes<F>);
-    if (from == nullptr) return fill_zero(to, K * width);
-    for (int64_t r = 0; r < K; ++r)
-        widen_row<F>(static_cast<const F*>(from) + r * stride, to + r * width, columns);
-}
-
-template <typename F>
-void store_state(const F* from, int64_t K, int64_t stride, int64_t columns, void* to) {
-    const int64_t width = round_up(columns, kLanes<F>);
-    for (int64_t r = 0; r < K; ++r)
-        narrow_row<F>(from + r * width, static_cast<F*>(to) + r * stride, columns);
-}
-
-template <typename F>
-const F* shifted(const void* p, int64_t n) {
-    return p == nullptr ? nullptr : static_cast<const F*>(p) + n;
 }
 
 #include "channels.inl"

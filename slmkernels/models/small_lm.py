@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import FEATURE_MAPS, LinearAttention, RMSNorm, SlidingWindowAttention
+from ..nn import FEATURE_MAPS, HybridAttention, LinearAttention, RMSNorm, SlidingWindowAttention
+from ..nn.feature_maps import Projected
+from ..nn.hybrid_attention import POSITIVE_MAPS
 from ..nn.linear_attention import MODES
+from ..ops.hybrid.function import ALIGNMENTS
 from ..validation import expect
 
 DOCUMENT = 0xFF  # the token between two documents
@@ -43,17 +46,20 @@ class SmallLMConfig:
     num_kv_heads: int = 2  # divides num_heads; in L layers of mode gated_delta the heads of q and k
     hidden: int = 512  # N, of the SwiGLU
     pattern: str = "SSSF"  # one letter of MIXERS a layer, cycled over the layers
-    window: int = 64  # keys a query of an S layer sees, itself included
-    max_seq_len: int = 2048  # tokens the cache of an F layer holds; S and L layers have no limit
+    window: int = 64  # keys a query of an S layer sees, itself included; of an H layer the near ones
+    max_seq_len: int = 2048  # tokens the cache of an F layer holds; the others have no limit
     vocab_size: int = 256  # V
     rope_base: float = 10000.0
     qk_norm: bool = True
-    sinks: bool = False
-    softcap: float | None = None  # of the attention scores
+    sinks: bool = False  # in S and F layers
+    softcap: float | None = None  # of the attention scores of S and F layers
     linear_mode: str = "gated_delta"  # of L layers, a mode of nn.LinearAttention
     linear_feature_map: str | None = (
         None  # of L layers in mode "linear": a name of nn.FEATURE_MAPS, None: elu
     )
+    hybrid_feature_map: str = "hedgehog"  # of H layers, as nn.HybridAttention's
+    hybrid_feature_dim: int | None = None
+    hybrid_alignment: str = "sliding"
 
     def __post_init__(self):
         for name in (*_FIELDS, "vocab_size"):
@@ -73,6 +79,16 @@ class SmallLMConfig:
             expect(name in FEATURE_MAPS, "linear_feature_map", name, f"one of {', '.join(FEATURE_MAPS)}")
             hint = f"None with linear_mode {self.linear_mode!r}: feature maps are of mode 'linear'"
             expect(self.linear_mode == "linear", "linear_feature_map", name, hint)
+        choices = {"hybrid_feature_map": POSITIVE_MAPS, "hybrid_alignment": ALIGNMENTS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            expect(value in known, name, value, f"one of {', '.join(known)}")
+        size = self.hybrid_feature_dim
+        if size is not None:
+            expect(type(size) is int and size >= 1, "hybrid_feature_dim", size, "an int >= 1")
+            learned = issubclass(FEATURE_MAPS[self.hybrid_feature_map], Projected)
+            hint = f"None: feature map {self.hybrid_feature_map!r} projects nothing"
+            expect(learned, "hybrid_feature_dim", size, hint)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SmallLMConfig":
@@ -123,9 +139,29 @@ def _linear(config: SmallLMConfig) -> nn.Module:
     )
 
 
+def _hybrid(config: SmallLMConfig) -> nn.Module:
+    """hybrid attention"""
+    return HybridAttention(
+        config.dim,
+        config.num_heads,
+        config.num_kv_heads,
+        window=config.window,
+        alignment=config.hybrid_alignment,
+        feature_map=config.hybrid_feature_map,
+        feature_dim=config.hybrid_feature_dim,
+        rope_base=config.rope_base,
+        qk_norm=config.qk_norm,
+    )
+
+
 # What a letter of the pattern builds: a module x [B, T, C] -> [B, T, C] that takes cache= and cu_seqlens=,
 # has new_cache(batch, max_length), and whose last projection is `out`.
-MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {"S": _sliding, "F": _full, "L": _linear}
+MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {
+    "S": _sliding,
+    "F": _full,
+    "L": _linear,
+    "H": _hybrid,
+}
 
 
 class SwiGLU(nn.Module):
@@ -165,7 +201,7 @@ class SmallLM(nn.Module):
     loss is ln V + 1/2 (std 0.02 was tried on the 1m preset: about 0.5 bits per byte worse after 300 steps);
     projections normal, std `in_features ** -0.5`, where they end in the residual stream (`mixer.out`,
     `mlp.out`) divided by `sqrt(2 * num_layers)`, so that its variance does not grow with depth (GPT-2);
-    norms 1; sinks 0; of L layers, the rest as `nn.LinearAttention` says.
+    norms 1; sinks 0; of L and H layers, the rest as `nn.LinearAttention` and `nn.HybridAttention` say.
 
     Args:
         config: the shape.
@@ -230,7 +266,7 @@ class SmallLM(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def new_caches(self, batch: int, max_length: int | None = None) -> list:
-        """One empty cache a layer: `window` tokens in S layers, `max_length` in F, a state in L."""
+        """One empty cache a layer: `window` tokens in S, `max_length` in F, a state in L, both in H."""
         return [block.mixer.new_cache(batch, max_length or self.config.max_seq_len) for block in self.blocks]
 
     def generate(
@@ -268,7 +304,7 @@ class SmallLM(nn.Module):
         if "F" in self.config.layers and T + max_new_tokens > limit:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens} after a prompt of {T}; expected at most "
-                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (S and L any)"
+                f"{max(limit - T, 0)}: full-attention layers hold max_seq_len={limit} tokens (the others any)"
             )
         return self._stream(prompt, max_new_tokens, temperature, top_k, generator)
 

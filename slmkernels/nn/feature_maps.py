@@ -13,6 +13,8 @@ Sources: Katharopoulos et al. 2020, section 3.2 (elu); Kasai et al. 2021 (relu);
 Arora et al. 2024 (Based: taylor).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,9 +38,11 @@ class FeatureMap(nn.Module):
     Attributes:
         size: F, the size of phi(x).
         positive: phi(a) . phi(b) is never negative, so that a sum of them can divide (`normalize`).
+        product: about the mean of phi(a) . phi(b) over independent standard normal a and b, at first.
     """
 
     positive = True
+    product = 0.0
 
     def __init__(
         self,
@@ -64,12 +68,20 @@ class FeatureMap(nn.Module):
 class Elu(FeatureMap):
     """elu(x) + 1 = exp(x) below 0, x + 1 above; written so that a small value keeps its digits."""
 
+    @property
+    def product(self) -> float:
+        return 1.347 * self.size  # the mean of elu(x) + 1 is 1.1605
+
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(max=0).exp() + F.relu(x)
 
 
 class Relu(FeatureMap):
     """max(x, 0)."""
+
+    @property
+    def product(self) -> float:
+        return self.size / (2 * math.pi)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
@@ -107,6 +119,10 @@ class Hedgehog(Projected):
         super().__init__(head_dim, num_heads, feature_dim, **kind)
         self.size = 2 * self.feature_dim
 
+    @property
+    def product(self) -> float:
+        return 2 / self.feature_dim
+
     @staticmethod
     def default_dim(head_dim: int) -> int:
         return head_dim
@@ -128,6 +144,8 @@ class Taylor(Projected):
     times sqrt(2), which leaves the products of features what they are and the state half as large. W starts
     normal, std `D ** -0.5`.
     """
+
+    product = 1.5
 
     def __init__(self, head_dim: int, num_heads: int = 1, feature_dim: int | None = None, **kind):
         super().__init__(head_dim, num_heads, feature_dim, **kind)

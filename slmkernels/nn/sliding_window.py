@@ -5,12 +5,11 @@ from torch import Tensor, nn
 
 from ..ops.sliding_window.function import Window, sliding_window_attention, window_bounds
 from ..ops.sliding_window.step import RingCache, sliding_window_attention_step
-from ..validation import check_float_tensor, expect
-from .norm import RMSNorm
-from .rotary import packed_positions, rotary_table, rotate
+from ..validation import expect
+from .attention import AttentionHeads
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(AttentionHeads):
     """Multi-head attention over a window of keys: x `[B, T, C]` -> `[B, T, C]`.
 
     Args:
@@ -52,43 +51,19 @@ class SlidingWindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        expect(type(dim) is int and dim >= 1, "dim", dim, "an int >= 1")
-        expect(type(num_heads) is int and num_heads >= 1, "num_heads", num_heads, "an int >= 1")
-        divides = type(num_kv_heads) is int and num_kv_heads >= 1 and num_heads % num_kv_heads == 0
-        expect(divides, "num_kv_heads", num_kv_heads, f"a divisor of num_heads {num_heads}")
-        if head_dim is None:
-            hint = f"a divisor of dim {dim}, or head_dim beside it"
-            expect(dim % num_heads == 0, "num_heads", num_heads, hint)
-            head_dim = dim // num_heads
-        expect(type(head_dim) is int and head_dim >= 1, "head_dim", head_dim, "an int >= 1")
-        if rope_base is not None:
-            expect(rope_base > 0, "rope_base", rope_base, "a number > 0, or None")
-            expect(head_dim % 2 == 0, "head_dim", head_dim, "an even number with rope_base")
+        heads = (dim, num_heads, num_kv_heads, head_dim)
+        kind = {"dtype": dtype, "device": device}
+        super().__init__(*heads, rope_base=rope_base, qk_norm=qk_norm, bias=bias, **kind)
         left, _ = window_bounds(window, causal)
-        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, num_kv_heads, head_dim
-        self.window, self.causal, self.rope_base, self.softcap = window, causal, rope_base, softcap
+        self.window, self.causal, self.softcap = window, causal, softcap
         self.ring = None if left is None else left + 1  # slots a decoding cache needs; None: every token
         self.attend = sliding_window_attention
-
-        kind = {"dtype": dtype, "device": device}
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **kind)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=bias, **kind)
-        self.q_norm = RMSNorm(head_dim, **kind) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, **kind) if qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(num_heads, **kind)) if sinks else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value (class docstring)."""
-        for linear in (self.qkv, self.out):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if isinstance(norm, RMSNorm):
-                norm.reset_parameters()
+        super().reset_parameters()
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
@@ -137,33 +112,16 @@ class SlidingWindowAttention(nn.Module):
         Raises:
             ValueError: a cache beside cu_seqlens, of another window, or full.
         """
-        check_float_tensor("x", x, 3, "[B, T, C]")
-        expect(x.shape[2] == self.dim, "x", x, f"{self.dim} channels")
-        B, T, _ = x.shape
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv(x).view(B, T, sum(heads), self.head_dim).split(heads, dim=2)  # [B, T, H, D]
-        q, k = self.q_norm(q), self.k_norm(k)
+        self.check_input(x)
         if cache is not None:
-            self._check_cache(cache, T, cu_seqlens)
-        if self.rope_base is not None:
-            if positions is None:
-                positions = self._positions(x, cache, cu_seqlens)
-            cos, sin = rotary_table(positions, self.head_dim, self.rope_base)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            self._check_cache(cache, x.shape[1], cu_seqlens)
+        q, k, v = self.heads(x, cache, cu_seqlens, positions)
         options = {"softcap": self.softcap, "sinks": self.sinks, "backend": backend}
         if cache is not None:
             o = sliding_window_attention_step(q, k, v, cache, **options)
         else:
             o = self.attend(q, k, v, window=self.window, causal=self.causal, cu_seqlens=cu_seqlens, **options)
         return self.out(o.flatten(2))  # [B, T, Hq * D] -> [B, T, C]
-
-    def _positions(self, x: Tensor, cache: RingCache | None, cu_seqlens: Tensor | None) -> Tensor:
-        if cu_seqlens is not None:
-            return packed_positions(cu_seqlens, x.shape[1])
-        index = torch.arange(x.shape[1], device=x.device)  # [T]
-        if cache is None:
-            return index
-        return cache.position[:, :1] + index  # [B, T], without a wait for the device
 
     def _check_cache(self, cache: RingCache, T: int, cu_seqlens: Tensor | None) -> None:
         expect(cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with a cache: it holds one sequence a row")

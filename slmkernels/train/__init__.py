@@ -5,5 +5,17 @@ from .data import Corpus, load_corpus
 from .errors import Interrupted, TrainError
 from .settings import Settings
 from .trainer import Trainer, train
+from .transfer import attention_transfer, hybridize
 
-__all__ = ["Corpus", "Interrupted", "Settings", "TrainError", "Trainer", "load_corpus", "load_model", "train"]
+__all__ = [
+    "Corpus",
+    "Interrupted",
+    "Settings",
+    "TrainError",
+    "Trainer",
+    "attention_transfer",
+    "hybridize",
+    "load_corpus",
+    "load_model",
+    "train",
+]

@@ -5,12 +5,20 @@ from dataclasses import dataclass, field
 from ..models import SmallLMConfig
 from ..models.small_lm import PRESETS
 from ..nn import FEATURE_MAPS
+from ..nn.hybrid_attention import POSITIVE_MAPS
 from ..nn.linear_attention import MODES
+from ..ops.hybrid.function import ALIGNMENTS
 from ..validation import expect
 
 
 def _option(default, text: str, kind: type | None = None):
     return field(default=default, metadata={"help": text, "type": kind or type(default)})
+
+
+# The options that say what the layers are, named as the model's.
+LINEAR = ("linear_mode", "linear_feature_map")
+HYBRID = ("hybrid_feature_map", "hybrid_feature_dim", "hybrid_alignment")
+LAYERS = ("pattern", *LINEAR, *HYBRID)
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,21 @@ class Settings:
     """
 
     preset: str = _option("1m", f"model size: {', '.join(PRESETS)}")
-    pattern: str = _option("SSSF", "one letter a layer, cycled: S sliding window, F full, L linear attention")
+    pattern: str = _option(
+        "SSSF", "one letter a layer, cycled: S sliding window, F full, L linear, H hybrid attention"
+    )
     linear_mode: str = _option("gated_delta", f"what L layers are: {', '.join(MODES)}")
     linear_feature_map: str | None = _option(
         None, f"of L layers in mode linear: {', '.join(FEATURE_MAPS)} (default: elu)", str
     )
-    window: int | None = _option(None, "keys a query of an S layer sees (default: the preset's)", int)
+    hybrid_feature_map: str = _option("hedgehog", f"of H layers: {', '.join(POSITIVE_MAPS)}")
+    hybrid_feature_dim: int | None = _option(
+        None, "what the learned maps of H layers project to (default: the map's)", int
+    )
+    hybrid_alignment: str = _option("sliding", f"of the window of H layers: {', '.join(ALIGNMENTS)}")
+    window: int | None = _option(
+        None, "keys a query of an S layer sees, or an H layer is near to (default: the preset's)", int
+    )
     data: tuple[str, ...] = _option(
         (), "UTF-8 files, globs, or folders (*.txt, *.md, *.py below them) (default: Python's own library)"
     )
@@ -65,15 +82,16 @@ class Settings:
 
     def model_config(self) -> SmallLMConfig:
         """The model these settings train."""
-        changes = {name: getattr(self, name) for name in ("pattern", "linear_mode", "linear_feature_map")}
+        changes = {name: getattr(self, name) for name in LAYERS}
         window = {} if self.window is None else {"window": self.window}
         return SmallLMConfig.preset(self.preset, **changes, **window)
 
     @property
     def layers(self) -> str:
-        """The pattern, and with L layers also what they are: `SL-gla`, `L-linear-elu`."""
-        names = (self.linear_mode, self.linear_feature_map) if "L" in self.pattern else ()
-        return "-".join([self.pattern, *(name for name in names if name is not None)])
+        """The pattern, and what its L and H layers are: `SL-gla`, `L-linear-elu`, `H-hedgehog-sliding`."""
+        names = (LINEAR if "L" in self.pattern else ()) + (HYBRID if "H" in self.pattern else ())
+        values = (getattr(self, name) for name in names)
+        return "-".join([self.pattern, *(str(value) for value in values if value is not None)])
 
     @property
     def peak_lr(self) -> float:

@@ -42,23 +42,23 @@ struct HybridForward {
         const Blocks blocks(p, s, W);
         const int64_t head = own.sequence * p.H + own.h;
         load_far_state(shifted<F>(p.state0, head * p.F * p.V), shifted<F>(p.z0, head * p.F), p, state);
-        bool any = p.state0 != nullptr;  // the state is not zero
+        const bool none = blocks.offset == blocks.S;  // no queries
+        const Range before{0, none ? 0 : blocks.first_near(blocks.offset)};  // far to all of them
+        enter(s, own.h, before);
+        bool any = p.state0 != nullptr || before.size() > 0;  // the state is not zero
         for (int64_t i = blocks.offset; i < blocks.S;) {
             const Range block = blocks.at(i), mixed = blocks.mixed(block);
-            Range entering = blocks.entering(block);
+            const Range entering = blocks.entering(block);
             far.template load<E>(s, own.h, Band::clip({entering.begin, entering.begin + kFar}, entering));
             for (int64_t hq = own.heads.begin; hq < own.heads.end; ++hq) {
                 const bool last = hq + 1 == own.heads.end;
                 expect(s, last ? blocks.at(block.end) : block, last ? own.heads.begin : hq + 1, own.h, last);
                 query_block(s, block, mixed, own.h, hq, any);
             }
-            while (entering.begin < entering.end) {
+            if (entering.size() > 0) {
                 any = true;
                 far.enter(state);
-                entering.begin += far.j.size();
-                if (entering.begin < entering.end)
-                    far.template load<E>(s, own.h,
-                                         Band::clip({entering.begin, entering.begin + kFar}, entering));
+                enter(s, own.h, {entering.begin + far.j.size(), entering.end});
             }
             i = block.end;
             if (own.part == 0 && p.segment > 0 && i < blocks.S && i % p.segment == 0)
@@ -67,6 +67,13 @@ struct HybridForward {
         if (own.part == 0)
             store_far_state(state, p, static_cast<F*>(p.state) + head * p.F * p.V,
                             static_cast<F*>(p.z) + head * p.F);
+    }
+
+    void enter(const HybridSequence& s, int64_t h, Range keys) {
+        for (int64_t j = keys.begin; j < keys.end; j += kFar) {
+            far.template load<E>(s, h, Band::clip({j, j + kFar}, keys));
+            far.enter(state);
+        }
     }
 
     // Asks for the rows of the block of queries to come; `with_keys`: and of the keys that it is the first to read.

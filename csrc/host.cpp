@@ -16,11 +16,14 @@ constexpr slm::Isa kTiers[] = {slm::Isa::portable, slm::Isa::avx2, slm::Isa::avx
 
 py::tuple as_tuple(slm::Range r) { return py::make_tuple(r.begin, r.end); }
 
+// left: a number, None, or (W,) for blocks of W.
 slm::Band band(py::object left, py::object right) {
     const auto side = [](const py::object& x) {
         return x.is_none() ? slm::Band::kUnbounded : x.cast<int64_t>();
     };
-    return {side(left), side(right)};
+    if (!py::isinstance<py::tuple>(left)) return {side(left), side(right)};
+    const int64_t block = left.cast<py::tuple>()[0].cast<int64_t>();
+    return {block - 1, side(right), block};
 }
 
 void set_isa(const std::string& name) {

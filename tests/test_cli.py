@@ -128,6 +128,22 @@ def test_linear_attention_from_the_command_line(text, tmp_path, capsys, monkeypa
     assert len(capsys.readouterr().out) >= 2
 
 
+def test_hybrid_attention_from_the_command_line(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = fast(text, "unused")
+    command = command[: command.index("--out")]
+    layers = ["--pattern", "H", "--hybrid-feature-map", "taylor", "--hybrid-feature-dim", "4"]
+    assert main([*command, *layers, "--hybrid-alignment", "block"]) == 0
+    name = "1m-H-taylor-4-block"
+    assert f"{name.replace('-', ' ', 1)}, " in capsys.readouterr().out
+    assert main(["generate", f"runs/{name}", "--max-new-tokens", "9"]) == 0
+    assert main([*command, "--pattern", "LH"]) == 0
+    assert Path("runs/1m-LH-gated_delta-hedgehog-sliding/checkpoint.pt").exists()
+    capsys.readouterr()
+    wrong = ["--pattern", "H", "--hybrid-feature-map", "elu", "--hybrid-feature-dim", "4"]
+    assert "hybrid_feature_dim is 4" in refused([*command, *wrong], capsys)
+
+
 def test_demo_of_linear_attention(tmp_path, capsys):
     command = ["demo", "--steps", "1", "--out", str(tmp_path), "--pattern", "L", "--linear-mode", "linear"]
     assert main(command) == 0

@@ -25,6 +25,7 @@ from slmkernels.train import (
 from slmkernels.train import checkpoint as checkpoints
 from slmkernels.train.data import encode, stdlib_files, training_batch
 from slmkernels.train.plots import loss_curve, read_metrics
+from slmkernels.train.settings import HYBRID, LINEAR
 
 FAST = Settings(
     steps=6, batch_size=2, seq_len=32, warmup=2, eval_tokens=64, eval_every=3, log_every=1, save_every=3
@@ -284,12 +285,12 @@ def test_resuming_another_run_is_an_error(corpus, tmp_path, changes, message):
     assert longer.step == 1
 
 
-def test_checkpoints_from_before_linear_attention_load_and_resume(corpus, tmp_path):
+def test_checkpoints_from_before_linear_and_hybrid_attention_load_and_resume(corpus, tmp_path):
     whole = run(corpus, tmp_path / "whole")
     run(corpus, tmp_path, stop_at=3)
     content = checkpoints.read(tmp_path)
     for part in ("config", "settings"):
-        for name in ("linear_mode", "linear_feature_map"):
+        for name in (*LINEAR, *HYBRID):
             del content[part][name]
     checkpoints.write(content, tmp_path / checkpoints.NAME)
     assert load_model(tmp_path).config == Trainer(FAST, corpus).model.config

@@ -76,7 +76,6 @@ struct HybridForward {
         const int64_t offset = s.offset(), t = s.q.begin + block.begin - offset;
         ahead.add<E>(p.q, s.b, t, hq, 0, p.D, false);
         ahead.add<E>(p.phi_q, s.b, t, hq, 0, p.F, false);
-        ahead.add<E>(p.o, s.b, t, hq, 0, p.V, true);
         if (with_keys) {
             const int64_t row = s.k.begin + block.begin, before = p.band.first(block.begin);
             ahead.add<E>(p.k, s.b, row, h, 0, p.D, false);

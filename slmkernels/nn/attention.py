@@ -63,7 +63,9 @@ class AttentionHeads(nn.Module):
         check_float_tensor("x", x, 3, "[B, T, C]")
         expect(x.shape[2] == self.dim, "x", x, f"{self.dim} channels")
 
-    def heads(self, x: Tensor, cache, cu_seqlens: Tensor | None, positions: Tensor | None):
+    def heads(
+        self, x: Tensor, cache, cu_seqlens: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x `[B, T, C]` -> q `[B, T, Hq, D]`, k and v `[B, T, Hkv, D]`, normed and turned."""
         B, T, _ = x.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)

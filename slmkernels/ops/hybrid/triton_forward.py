@@ -106,6 +106,7 @@ def segment_kernel(
     else:
         low, high = first_beyond(j0, W, ALIGNED), tl.minimum(first_beyond(j0 + SEG, W, ALIGNED), length)
         low = tl.where(j0 > 0, low, 0 if STATE0 else high)
+        low, high = tl.maximum(low - (S - T), 0), high - (S - T)  # query t stands at position t + S - T
     steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
     phi += b * f_b + start * f_t + h * G * f_h
     x += b * x_b + start * x_t + h * G * x_h

@@ -61,24 +61,44 @@ def candidates(
     that there are. The tiles of keys must divide the segments.
     """
     size, exact = max(64, *map(padded, sizes)), dtype == torch.float32
+    mma = "sync" if arch < 90 or arch >= 120 else "async"
     if kind == "segment":
         return [(16, 32, 32, 4, 1) if exact else (32, 64, 64, 4, 2)]
-    if exact:
+    if exact:  # products without tensor cores: small tiles, or the registers spill
         first = {64: (32, 32, 16, 4, 1), 128: (16, 16, 16, 4, 1), 256: (16, 16, 16, 8, 1)}[size]
+        if kind == "dq" and size <= 128:
+            first = {64: (16, 32, 16, 4, 1), 128: (16, 16, 16, 8, 1)}[size]
         others = [(16, 16, 16, 4, 1), (16, 16, 16, 8, 1), (32, 32, 16, 8, 1)]
     else:
-        first = {64: (64, 64, 32, 4, 2), 128: (64, 32, 32, 8, 2), 256: (32, 32, 16, 8, 1)}[size]
+        table = {
+            ("forward", 64): (64, 64, 32, 4, 2),
+            ("forward", 128): (64, 64, 32, 8, 2),
+            ("forward", 256): (64, 32, 16, 8, 1),
+            ("dq", 64, "sync"): (64, 32, 32, 4, 2),
+            ("dq", 64, "async"): (64, 64, 32, 4, 2),
+            ("dq", 128): (64, 32, 32, 8, 2),
+            ("dq", 256, "sync"): (32, 32, 16, 8, 1),
+            ("dq", 256, "async"): (64, 32, 16, 8, 1),
+            ("dkv", 64, "sync"): (64, 32, 32, 4, 2),
+            ("dkv", 64, "async"): (64, 64, 32, 8, 2),
+            ("dkv", 128): (32, 64, 32, 8, 2),
+            ("dkv", 256): (32, 32, 16, 8, 1),
+        }
+        first = table.get((kind, size)) or table[kind, size, mma]
         others = [(64, 64, 32, 8, 2), (64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 64, 32, 8, 2)]
     return [first, *(tile for tile in others if tile != first)]
 
 
 def step_config(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
     """Tile of the decode step for n * G rows: the few rows tl.dot takes until there are many."""
-    size, exact = max(64, *map(padded, sizes)), dtype == torch.float32
-    first = 16 if rows <= 16 or exact else 32
-    if exact:
-        return _named("step", (first, {64: 32}.get(size, 16), 16, 8, 1))
-    return _named("step", (first, {64: 64}.get(size, 32), 16 if size == 256 else 32, 8, 1))
+    size, few = max(64, *map(padded, sizes)), rows <= 16
+    if dtype == torch.float32:
+        tile = (16, 32, 16, 4, 1) if size == 64 else (16, 16, 16, 8, 1)
+    elif few:
+        tile = {64: (16, 64, 16, 4, 1), 128: (16, 32, 32, 4, 1), 256: (16, 32, 16, 8, 1)}[size]
+    else:
+        tile = {64: (32, 64, 16, 4, 1), 128: (32, 32, 32, 8, 1), 256: (16, 32, 16, 8, 1)}[size]
+    return _named("step", tile)
 
 
 def _named(kind: str, tile: tuple[int, ...]) -> dict[str, int]:
@@ -223,7 +243,7 @@ def backward(
     delta, rest = torch.empty_like(shift), torch.empty_like(shift)
     total = None if mix is None else torch.empty_like(shift)
     unused = shift.new_empty(1)
-    lengths = [call.T, call.N, call.reach, call.W, scale, scale * LOG2_E]
+    lengths = [call.T, call.S, call.N, call.reach, call.W, scale, scale * LOG2_E]
 
     args = [
         q,

@@ -42,7 +42,7 @@ def held(cache):
     return {name: getattr(cache, name) for name in ("k", "v", "phi", "state", "normalizer", "position")}
 
 
-def decode(tensors, split, backend, *, window, alignment, scale, mix=None):
+def decode(tensors, split, backend, *, window, alignment, scale):
     """o and the states after decoding `split` tokens at a time; the cache's tensors stay where they are."""
     cache = cache_for(tensors, window, alignment)
     places, outputs, start = [x.data_ptr() for x in held(cache).values()], [], 0

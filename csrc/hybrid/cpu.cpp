@@ -204,9 +204,9 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     g.dk = dks.data_ptr(), g.dv = dvs.data_ptr(), g.dphi_k = dphi_ks.data_ptr();
 
     const bool with_state = initial_state.has_value();
-    const Tensor none = torch::stable::new_empty(q, {0}, exact);
-    const Tensor dstate0 = with_state ? fresh(q, {N, p.H, p.F, p.V}, exact, false) : none;
-    const Tensor dz0 = with_state ? fresh(q, {N, p.H, p.F}, exact, false) : none;
+    const auto none = [&] { return torch::stable::new_empty(q, {0}, exact); };  // results must not alias
+    const Tensor dstate0 = with_state ? fresh(q, {N, p.H, p.F, p.V}, exact, false) : none();
+    const Tensor dz0 = with_state ? fresh(q, {N, p.H, p.F}, exact, false) : none();
     const Tensor dstate0s =
         with_state && parts > 1 ? fresh(q, {N, p.H, parts, p.F, p.V}, exact, false) : dstate0;
     const Tensor dz0s = with_state && parts > 1 ? fresh(q, {N, p.H, parts, p.F}, exact, false) : dz0;

@@ -1,8 +1,8 @@
 // The window's geometry, in one place: which keys a query sees, which queries see a key.
 //
 // Query i (a position, not a row: row t stands at i = t + S - T) sees the keys
-// i - left <= j <= i + right; a side of kUnbounded has no bound. With `block`, positions stand in blocks of that
-// size, and the first key is that of the block before the query's own. All ranges are half open.
+// i - left <= j <= i + right; a side of kUnbounded has no bound. With `block`, positions stand in blocks of
+// that size, and the first key is that of the block before the query's own. All ranges are half open.
 #pragma once
 
 #include <cstdint>

@@ -83,6 +83,18 @@ SLM_INLINE void unpack_transposed(const typename P::Acc* x, const typename P::Ac
         }
 }
 
+// Product of two rows.
+template <typename F, typename E>
+SLM_INLINE F row_dot(const E* a, const E* b, int64_t n) {
+    constexpr int L = kLanes<F>;
+    Vec<F> along{};
+    int64_t e = 0;
+    for (; e + L <= n; e += L) along += load<F>(a + e) * load<F>(b + e);
+    F sum = reduce_add<F>(along);
+    for (; e < n; ++e) sum += widen<F>(a[e]) * widen<F>(b[e]);
+    return sum;
+}
+
 // Asks for rows that a later block reads: the rows of one head lie H * D apart, which the hardware's own
 // prefetchers do not follow. Issued a few at a time between products.
 template <typename E>

@@ -14,9 +14,9 @@ namespace {
 
 constexpr int64_t kGradKeys = 64;  // keys per run
 
-// Shift: `lse` is the shift alone, in the units of SoftmaxBlock, with a gradient of its own. P^T is taken times
-// `mix` and each query's `factor`, and what flows through the maximum is left for the caller to give to the key
-// there: the sums of dS^T as it was multiplied, in `through`, and before scale and mix in `shares`.
+// Shift: `lse` is the shift alone, in the units of SoftmaxBlock, with a gradient of its own. P^T is taken
+// times `mix` and each query's `factor`, and what flows through the maximum is left for the caller to give to
+// the key there: the sums of dS^T as it was multiplied, in `through`, and before scale and mix in `shares`.
 template <typename F, typename E, typename P, bool Shift>
 struct SoftmaxGradient {
     static constexpr int L = kLanes<F>, W = kBlock<F>, Pair = kPair<P>;

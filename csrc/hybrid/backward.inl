@@ -3,15 +3,15 @@
 // With den_i the sum of the weights, delta_i = dO_i . O_i and values extended by a column of ones,
 // y_i = [dO_i, -delta_i] / den_i, the gradient of the weight of key j is y_i . [v_j, 1], and
 //
-//     near   dQ, dK, dV (common/softmax_gradient.h); what flows through the shift goes to the key at the maximum,
-//            one row of dK and of dQ a query
+//     near   dQ, dK, dV (common/softmax_gradient.h); what flows through the shift goes to the key at the
+//            maximum, one row of dK and of dQ a query
 //     mixed  g_ij = y_i . [v_j, 1]: dphi_q_i += g_ij phi_k_j, dphi_k_j += g_ij phi_q_i, dv_j += a_ij y_i
 //     state  dphi_q += y S^T;  before it, for the keys that enter the state after the block,
 //            dphi_k = [v, 1] dS^T, dv = phi_k dS;  after it dS += phi_q^T y
 //
-// A block sees all of its keys, and no later block sees the keys from its own first on: dQ and dphi_q are stored
-// once a block, dK and dV wait in a ring of scratch rows for as long as the window, dphi_k is done with the block
-// after which its key enters the state. Nothing is added to in memory.
+// A block sees all of its keys, and no query before it sees keys from its first on: dQ and dphi_q are
+// stored once a block, dK and dV wait in a ring of scratch rows for as long as the window, dphi_k is done
+// with the block after which its key enters the state. Nothing is added to in memory.
 //
 // The forward keeps a state every `segment` tokens; the states between are computed again and held in cache.
 
@@ -107,7 +107,8 @@ struct HybridBackward {
                             static_cast<F*>(g.dz0) + part * p.F);
     }
 
-    // The states before the blocks of one segment, the first of them kept by the forward -> the last one's index.
+    // The states before the blocks of one segment, the first of them kept by the forward -> the last one's
+    // index.
     int64_t replay(const HybridSequence& s, int64_t h, const Blocks& blocks, int64_t begin, int64_t end) {
         const int64_t size = (V + 1) * Fp, head = (&s - p.sequences) * p.H + h;
         if (begin == 0)
@@ -240,12 +241,8 @@ struct HybridBackward {
                 *sum = static_cast<const F*>(p.denominator) + row;
         for (int64_t i = 0; i < W; ++i) softmax.lse[i] = kInf<F>, softmax.delta[i] = softmax.factor[i] = F(0);
         for (int64_t i = 0; i < rows; ++i) {
-            const E *o = p.o.at<const E>(s.b, t + i, hq), *dout = g.dout.at<const E>(s.b, t + i, hq);
-            Vec<F> along{};
-            int64_t e = 0;
-            for (; e + L <= V; e += L) along += load<F>(o + e) * load<F>(dout + e);
-            F delta = reduce_add<F>(along);
-            for (; e < V; ++e) delta += widen<F>(o[e]) * widen<F>(dout[e]);
+            const E* dout = g.dout.at<const E>(s.b, t + i, hq);
+            const F delta = row_dot<F>(p.o.at<const E>(s.b, t + i, hq), dout, V);
             const F inverse = F(1) / sum[i];
             softmax.factor[i] = inverse;
             softmax.delta[i] = delta;

@@ -1,5 +1,5 @@
-// The CPU operators of hybrid attention: check tensors, lay out the work, hand it to the kernels of the tier in
-// use.
+// The CPU operators of hybrid attention: check tensors, lay out the work, hand it to the kernels of the tier
+// in use.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>

@@ -1,16 +1,16 @@
 // Hybrid attention on the CPU: what both directions share, and the table of one tier's kernels.
 //
-// A task is one KV head of one sequence. It walks over blocks of query lanes (common/lanes.h) with the state of
-// the far keys in cache, and each query head of the group meets in turn
+// A task is one KV head of one sequence. It walks over blocks of query lanes (common/lanes.h) with the state
+// of the far keys in cache, and each query head of the group meets in turn
 //   - the near keys, as in sliding-window attention (common/softmax.h, common/softmax_gradient.h);
 //   - the mixed keys, far to some queries of the block and near to others: a triangle of phi_q . phi_k;
 //   - the state: keys that are far to all of them.
-// Then the keys that are far to the next block enter the state. Nothing decays, so the state is a sum, and it is
-// kept as the products want it, [V + 1][F]: values get a column of ones, and the normaliser is one more row.
-// All of the far part is computed in F; the near part in pairs of bfloat16 where the CPU has them.
+// Then the keys that are far to the next block enter the state. Nothing decays, so the state is a sum, and it
+// is kept as the products want it, [V + 1][F]: values get a column of ones, and the normaliser is one more
+// row. All of the far part is computed in F; the near part in pairs of bfloat16 where the CPU has them.
 //
-// Blocks never cross a multiple of the window in block alignment, so that there a block has no mixed keys unless
-// the window is shorter than a block, and then fewer than a block.
+// Blocks never cross a multiple of the window in block alignment, so that there a block has no mixed keys
+// unless the window is shorter than a block, and then fewer than a block.
 
 #include "../common/ahead.h"
 #include "../common/decode.h"
@@ -104,8 +104,8 @@ struct FarKeys {
     // state [V + 1][Fp] <- state + v^T phi
     void enter(F* state) const { gemm<Fma<F>, true>(V + 1, Fp / L, j.size(), v, 1, Vx, phi, Fp, state, Fp); }
 
-    // Calls body(n, count, first): keys n .. n + count of the loaded ones are far from vector `first` on, of a
-    // block of queries that begins at i0; the first vector's lanes need a mask.
+    // Calls body(n, count, first): keys n .. n + count of the loaded ones are far from vector `first` on, of
+    // a block of queries that begins at i0; the first vector's lanes need a mask.
     template <typename Body>
     SLM_INLINE void triangle(const Band& band, Range mixed, int64_t i0, int64_t vectors,
                              const Body& body) const {

@@ -1,9 +1,9 @@
-// Forward. Near keys first, by the online softmax; its shift may lag behind the maximum, so the sums are brought
-// to the maximum itself, times mix, before the far part joins them: nothing rescales that.
+// Forward. Near keys first, by the online softmax; its shift may lag behind the maximum, so the sums are
+// brought to the maximum itself, times mix, before the far part joins them: nothing rescales that.
 //
-// Counted for W = 256, D = V = F = 64 in products of 64^3 a block of 64 queries: scores and values 4.25 each, the
-// triangle 0.6 + 0.6, the state read 1 and written 1; in all 11.7. (Sliding-window and linear attention apart:
-// 8.5 + 2.8.)
+// Counted for W = 256, D = V = F = 64 in products of 64^3 a block of 64 queries: scores and values 4.25 each,
+// the triangle 0.6 + 0.6, the state read 1 and written 1; in all 11.7. (Sliding-window and linear attention
+// apart: 8.5 + 2.8.)
 
 template <typename F, typename E, typename P>
 struct HybridForward {
@@ -76,7 +76,8 @@ struct HybridForward {
         }
     }
 
-    // Asks for the rows of the block of queries to come; `with_keys`: and of the keys that it is the first to read.
+    // Asks for the rows of the block of queries to come; `with_keys`: and of the keys that it is the first to
+    // read.
     void expect(const HybridSequence& s, Range block, int64_t hq, int64_t h, bool with_keys) {
         ahead = Ahead{};
         if (block.size() == 0) return;

@@ -15,8 +15,8 @@ struct HybridSequence {
     int64_t offset() const { return k.size() - q.size(); }  // query row t stands at t + offset
 };
 
-// mix and states are float, or (f64) double, and contiguous. A state is kept as [V + 1][F]: its last row is the
-// normaliser.
+// mix and states are float, or (f64) double, and contiguous. A state is kept as [V + 1][F]: its last row is
+// the normaliser.
 struct HybridProblem {
     Dtype dtype;
     bool bf16_dot;  // use AVX512-BF16 dot products for the near keys

@@ -1,7 +1,7 @@
 // Decode step. A task is one KV head of one sequence, token by token: the keys that have become far enter the
-// state, the new token takes its slot, and each query head of the group reads the near slots and the state. With
-// sliding alignment one key enters a token, in the pass over the state that the first query head reads it by:
-// 4 F V FLOPs on F V floats, read and written once.
+// state, the new token takes its slot, and each query head of the group reads the near slots and the state.
+// With sliding alignment one key enters a token, in the pass over the state that the first query head reads
+// it by: 4 F V FLOPs on F V floats, read and written once.
 
 // o[e..] = phi_q . S[:, e..], N registers of them; before it S += phi_k v^T if Enter.
 template <int N, bool Enter, typename F>

@@ -4,8 +4,9 @@
 // scores.
 //
 // For a block of queries, run of keys by run of keys, five products (common/softmax_gradient.h); dQ^T is
-// added into dQ at the block's end. delta = rowsum(dO O) - dlse is taken while a block is packed; a row in reach of two tasks pays
-// its 2 D FLOPs twice. Two-pass backward (dQ, then dK and dV) would need seven products instead of five.
+// added into dQ at the block's end. delta = rowsum(dO O) - dlse is taken while a block is packed; a row in
+// reach of two tasks pays its 2 D FLOPs twice. Two-pass backward (dQ, then dK and dV) would need seven
+// products instead of five.
 //
 // Measured as in forward.inl, useful GFLOP/s of one core: float32 71 to 82, bfloat16 123 to 144. Tried:
 //   - the chunk's rows and gradients in adjacent scratch rows, queries prefetched: 89 -> 76 ms (float32);
@@ -18,14 +19,8 @@
 // delta of one row: sum(dO O), less the gradient that reaches lse itself.
 template <typename F, typename E>
 SLM_INLINE F row_delta(const slm::Gradient& g, int64_t b, int64_t t, int64_t hq) {
-    constexpr int L = kLanes<F>;
     const Problem& p = g.problem;
-    const E *o = p.o.at<const E>(b, t, hq), *dout = g.dout.at<const E>(b, t, hq);
-    Vec<F> sum{};
-    int64_t e = 0;
-    for (; e + L <= p.Dv; e += L) sum += load<F>(o + e) * load<F>(dout + e);
-    F delta = reduce_add<F>(sum);
-    for (; e < p.Dv; ++e) delta += widen<F>(o[e]) * widen<F>(dout[e]);
+    F delta = row_dot<F>(p.o.at<const E>(b, t, hq), g.dout.at<const E>(b, t, hq), p.Dv);
     if (g.dlse != nullptr) delta -= static_cast<const F*>(g.dlse)[(b * p.Hq + hq) * p.T + t];
     return delta;
 }

@@ -81,7 +81,8 @@ def candidates(
             ("dq", 256, "async"): (64, 32, 16, 8, 1),
             ("dkv", 64, "sync"): (64, 32, 32, 4, 2),
             ("dkv", 64, "async"): (64, 64, 32, 8, 2),
-            ("dkv", 128): (32, 64, 32, 8, 2),
+            ("dkv", 128, "sync"): (64, 32, 32, 8, 2),
+            ("dkv", 128, "async"): (32, 64, 32, 8, 2),
             ("dkv", 256): (32, 32, 16, 8, 1),
         }
         first = table.get((kind, size)) or table[kind, size, mma]

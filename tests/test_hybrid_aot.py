@@ -70,13 +70,13 @@ def compile_kernel(
 def spill_limit(kind: str, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes a thread may store to and load back from local memory, both counted.
 
-    64 where every choice of options is compiled, 128 at head sizes of 256: ptxas prefers a few spilled values
-    to one block less on a processor. Known and left: dq in float32 at 256, where products without tensor
-    cores hold whole operands in registers.
+    80 where every choice of options is compiled, 128 at head sizes of 256: ptxas prefers a few spilled values
+    to one block less on a processor. Known and left: the backward in float32 at 256, where products without
+    tensor cores hold whole operands in registers.
     """
     if max(sizes) <= 128:
-        return 64
-    return 1600 if kind == "dq" and dtype == torch.float32 else 128
+        return 80
+    return 128 if dtype != torch.float32 else {"dq": 1600, "dkv": 500}.get(kind, 128)
 
 
 def check(kind: str, arch: int, limit: int | None = None, **options) -> dict:

@@ -65,9 +65,9 @@ def candidates(
     if kind == "segment":
         return [(16, 32, 32, 4, 1) if exact else (32, 64, 64, 4, 2)]
     if exact:  # products without tensor cores: small tiles, or the registers spill
-        first = {64: (32, 32, 16, 4, 1), 128: (16, 16, 16, 4, 1), 256: (16, 16, 16, 8, 1)}[size]
-        if kind == "dq" and size <= 128:
-            first = {64: (16, 32, 16, 4, 1), 128: (16, 16, 16, 8, 1)}[size]
+        first = (16, 16, 16, 4 if kind == "forward" and size == 128 else 8, 1)
+        if size == 64:
+            first = (16, 32, 16, 4, 1) if kind == "dq" else (32, 32, 16, 4, 1)
         others = [(16, 16, 16, 4, 1), (16, 16, 16, 8, 1), (32, 32, 16, 8, 1)]
     else:
         table = {
@@ -81,7 +81,8 @@ def candidates(
             ("dq", 256, "async"): (64, 32, 16, 8, 1),
             ("dkv", 64, "sync"): (64, 32, 32, 4, 2),
             ("dkv", 64, "async"): (64, 64, 32, 8, 2),
-            ("dkv", 128): (32, 64, 32, 8, 2),
+            ("dkv", 128, "sync"): (64, 32, 32, 8, 2),
+            ("dkv", 128, "async"): (32, 64, 32, 8, 2),
             ("dkv", 256): (32, 32, 16, 8, 1),
         }
         first = table.get((kind, size)) or table[kind, size, mma]

@@ -8,6 +8,10 @@ such a model can only guess. Hybrid layers (H) of the same window have them in t
 Models of every pattern have the same shape, the same data in the same order and the same training.
 Source: Arora et al. 2023 (Zoology), sections 3 and 4 and the appendix on the data; the models train on fewer
 pairs too, which shortens the plateau before they see the point, as in Arora et al. 2024 (Based).
+
+With the defaults H recalled 98 % and S 70 %, of 75 % in reach, after 1,200 steps. H passed 95 % at step
+1,100; in runs of 2,000 steps with two other seeds by step 900. Trained on 16 pairs only, full attention
+recalled 23 % after 1,000 steps.
 """
 
 import argparse
@@ -140,7 +144,7 @@ def shares(distances: Tensor, window: int, layers: int) -> dict[str, float]:
 
 def plot(run: dict[str, Any], path: Path) -> None:
     """Recall over steps, and at the end over distance."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     model, queries = run["model"], run["queries"]
     for result in run["runs"]:
@@ -155,7 +159,9 @@ def plot(run: dict[str, Any], path: Path) -> None:
         right.axvline(windows * (model["window"] - 1), color="0.5", linestyle=":", linewidth=1)
     left.set(xlabel="step", ylabel="recall of held-out sequences", ylim=(0, 1.02))
     right.set(xlabel=f"tokens back to the value (dotted: 1 to {model['num_layers']} windows)")
-    left.legend(fontsize=7, loc="center left")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
+    )
     for axes in (left, right):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)

@@ -41,6 +41,7 @@ class Candidate(NamedTuple):
     name: str
     prepare: Callable[[Inputs], Run]
     compiles: bool = False  # the first call takes many seconds
+    yardstick: str = ""  # what it computes, if not the case's function: then it is timed and not checked
 
 
 @dataclass(frozen=True)

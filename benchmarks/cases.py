@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPERATIONS = ("sliding_window", "linear", "causal_conv1d")
+OPERATIONS = ("sliding_window", "linear", "causal_conv1d", "hybrid")
 OURS = "slmkernels"  # the name of our candidate in every case
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -77,25 +77,28 @@ def _sdpa_causal(left: int | None, right: int | None, backward: bool, inputs: In
     return attention_run(sdpa, inputs, backward, swap=True)
 
 
-def _sdpa_blocked(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
-    """Blocks of W queries against their own keys and the neighbouring blocks', through one batched SDPA.
+def sdpa_in_blocks(
+    q: Tensor, C: int, visible: Callable[[Tensor, Tensor], Tensor], ahead: bool = False
+) -> Callable[..., Tensor]:
+    """Blocks of C queries against their own keys and the neighbouring blocks', through one batched SDPA.
 
     The best that PyTorch alone does for a window. In [B, T, H, D] the blocks are views, so that only the
     keys' neighbours are copied.
+
+    Args:
+        q: the queries' shape and device.
+        C: tokens of a block.
+        visible: whether the query at position i sees the key at position j; it does not past the neighbours.
+        ahead: also the block after.
     """
-    if left is None or right is None:
-        raise Unavailable("it needs a window that is bounded on both sides")
-    B, T = inputs["q"].shape[:2]
-    C = max(left + (right == 0), right, 1)  # a block; its window reaches no further than the blocks beside it
+    (B, T), device = q.shape[:2], q.device
     if T % C:
         raise Unavailable(f"T={T} is no multiple of its blocks of {C}")
-    n, ahead = T // C, right > 0
-    span = (2 + ahead) * C
-    device = inputs["q"].device
-    i = torch.arange(C, device=device)[:, None] + C
-    j = torch.arange(span, device=device)[None, :]
-    key = j + (torch.arange(n, device=device)[:, None, None] - 1) * C  # [n, 1, span]: the key's position
-    mask = _visible(i, j, left, right) & (key >= 0) & (key < T)  # [n, C, span]
+    n, span = T // C, (2 + ahead) * C
+    first = torch.arange(n, device=device)[:, None, None] * C
+    i = first + torch.arange(C, device=device)[:, None]  # [n, C, 1]
+    j = first + torch.arange(span, device=device) - C  # [n, 1, span]
+    mask = visible(i, j) & (j >= 0) & (j < T)  # [n, C, span]
     mask = mask[:, None].repeat(B, 1, 1, 1)  # [B * n, 1, C, span]
 
     def with_neighbours(x: Tensor) -> Tensor:
@@ -110,6 +113,14 @@ def _sdpa_blocked(left: int | None, right: int | None, backward: bool, inputs: I
         o = F.scaled_dot_product_attention(blocks, keys, values, attn_mask=mask, enable_gqa=True)
         return o.transpose(1, 2).reshape(q.shape)
 
+    return blocked
+
+
+def _sdpa_blocked(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
+    if left is None or right is None:
+        raise Unavailable("it needs a window that is bounded on both sides")
+    C = max(left + (right == 0), right, 1)  # a block; its window reaches no further than the blocks beside it
+    blocked = sdpa_in_blocks(inputs["q"], C, partial(_visible, left=left, right=right), right > 0)
     return attention_run(blocked, inputs, backward)
 
 

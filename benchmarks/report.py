@@ -23,7 +23,8 @@ def to_json(environment: Facts, results: list[Result]) -> dict[str, Any]:
     """A run as plain data; times in seconds, memory in bytes, errors absolute.
 
     `speedup` is the peer's time over ours, null for ours and wherever one of the two did not run or failed
-    its check.
+    its check. A candidate of status `yardstick` computes another function, which `yardstick` names: its times
+    and its `speedup` say what that costs.
     """
     return {"schema": SCHEMA, "environment": environment, "results": [_result(r) for r in results]}
 
@@ -52,6 +53,7 @@ def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
         "name": m.name,
         "status": status(m),
         "reason": m.reason,
+        "yardstick": m.yardstick or None,
         **times,
         "rounds": len(m.samples),
         "speedup": speedup and {"medians": speedup[0], "minima": speedup[1]},
@@ -64,9 +66,11 @@ def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
 
 
 def status(m: Measurement) -> str:
-    """`ok`, `wrong` (it ran and failed its check) or `absent` (there is a reason)."""
+    """`ok`, `wrong` (it failed its check), `absent` (there is a reason) or `yardstick` (not checked)."""
     if m.reason is not None:
         return "absent"
+    if m.yardstick:
+        return "yardstick"
     return "ok" if m.correct else "wrong"
 
 
@@ -101,10 +105,15 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     for candidate in ran:
         table.add_row(*_row(candidate, result["backend"]))
     console.print(table)
-    notes = {c["name"]: c["reason"] for c in result["candidates"] if c not in ran}
+    notes = {c["name"]: f"a yardstick, not this function: {c['yardstick']}" for c in ran if _is_yardstick(c)}
+    notes |= {c["name"]: c["reason"] for c in result["candidates"] if c not in ran}
     notes |= {"memory": result["memory_reason"]} if result["memory_reason"] else {}
     for name, reason in notes.items():
         console.print(f"  {name}: {reason}", style="dim", highlight=False)
+
+
+def _is_yardstick(candidate: dict[str, Any]) -> bool:
+    return candidate["status"] == "yardstick"
 
 
 def _row(candidate: dict[str, Any], backend: str) -> list[str]:
@@ -118,7 +127,7 @@ def _row(candidate: dict[str, Any], backend: str) -> list[str]:
         "WRONG" if candidate["status"] == "wrong" else _shown(speedup and speedup["medians"], "{:.2f}x"),
         _shown(speedup and speedup["minima"], "{:.2f}x"),
         _shown(candidate["of_matmul_rate"], "{:.0%}"),
-        _shown(candidate["max_error"], "{:.1e}"),
+        "yardstick" if _is_yardstick(candidate) else _shown(candidate["max_error"], "{:.1e}"),
         _shown(candidate["extra_memory_bytes"], "{:.1f}", 2**-20),
     ]
 
@@ -146,16 +155,17 @@ def plot(run: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _draw(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """A row for each case, a mark for each peer; right of 1, ours is faster."""
-    names = dict.fromkeys(c["name"] for r in results for c in r["candidates"] if c["speedup"])
-    for name, marker in zip(names, cycle("osD^vP"), strict=False):
+    """A row for each case, a mark for each peer (open: a yardstick); right of 1, ours is faster."""
+    names = {c["name"]: _is_yardstick(c) for r in results for c in r["candidates"] if c["speedup"]}
+    for (name, is_yardstick), marker in zip(names.items(), cycle("osD^vP"), strict=False):
         points = [
             (candidate["speedup"]["medians"], row)
             for row, result in enumerate(results)
             for candidate in result["candidates"]
             if candidate["name"] == name and candidate["speedup"]
         ]
-        axes.plot(*zip(*points, strict=True), marker, label=name, markersize=5, alpha=0.85)
+        style = {"label": f"{name} (yardstick)", "fillstyle": "none"} if is_yardstick else {"label": name}
+        axes.plot(*zip(*points, strict=True), marker, markersize=5, alpha=0.85, **style)
     axes.axvline(1, color="black", linewidth=1, label=f"{OURS} = 1")
     axes.set_yticks(range(len(results)), [_row_label(result) for result in results], fontsize=8)
     axes.set_ylim(len(results) - 0.5, -0.5)

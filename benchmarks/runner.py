@@ -25,6 +25,7 @@ class Measurement:
     name: str
     reason: str | None = None
     check: Check | None = None
+    yardstick: str = ""  # what it computes, if not the case's function
     samples: list[float] = field(default_factory=list)  # seconds a call
     extra_memory: int | None = None  # bytes beyond inputs and results
 
@@ -57,11 +58,11 @@ class Result:
     def speedup(self, peer: Measurement) -> tuple[float, float] | None:
         """How many times as long `peer` takes as ours, by medians and by minima; above 1, ours is faster.
 
-        None unless both ran and both passed their check.
+        None unless both ran and both passed their check; a yardstick has none to pass.
         """
         if peer is self.ours or not (self.ours.samples and peer.samples):
             return None
-        if not (self.ours.correct and peer.correct):
+        if not (self.ours.correct and (peer.correct or peer.yardstick)):
             return None
         return peer.median / self.ours.median, min(peer.samples) / min(self.ours.samples)
 
@@ -118,7 +119,7 @@ def measure(
     inputs = case.inputs(device)
     expected = Expected.of(case, inputs)
     small_expected = small and Expected.of(small, small.inputs(device))
-    measurements, runs = [Measurement(candidate.name) for candidate in case.candidates], {}
+    measurements, runs = [Measurement(c.name, yardstick=c.yardstick) for c in case.candidates], {}
     for candidate, measurement in zip(case.candidates, measurements, strict=True):
         progress(f"checking {candidate.name}")
         every_row = small_expected if candidate is case.ours else None

@@ -30,5 +30,5 @@ def test_case(benchmark, name, candidate):
         check, run = Expected.of(case, case.inputs(device)).check(candidate)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert check.passed, check
+    assert candidate.yardstick or check.passed, check
     benchmark(run.call)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import memory, report, runner
+from benchmarks import hybrid, memory, report, runner
 from benchmarks.__main__ import main
 from benchmarks.cases import OURS, Candidate, Run, Unavailable, registry, select
 from benchmarks.check import Check, Expected
+from benchmarks.hybrid_peers import decode_separate, hybrid_run
+from benchmarks.linear_peers import our_reference
 from benchmarks.peers import FLEX_BLOCK, flex_block_mask
 from benchmarks.sliding_window import SHAPES, Shape, attention_case
-from slmkernels.ops.sliding_window.reference import visible
+from slmkernels.ops.sliding_window.reference import attention, visible
 
 CPU = torch.device("cpu")
 SMALL = registry(small=True)
@@ -116,10 +118,82 @@ def test_every_case_passes_its_check_with_every_peer_at_hand(name):
     for candidate in case.candidates:
         with contextlib.suppress(Unavailable):
             check, _ = expected.check(candidate)
-            assert check.passed, (candidate.name, check)
-            ran.append(candidate.name)
+            if not candidate.yardstick:
+                assert check.passed, (candidate.name, check)
+                ran.append(candidate.name)
     assert ran[0] == OURS
     assert len(ran) > 1, "a case without a peer says nothing"
+
+
+def test_yardstick_is_timed_and_named_as_one():
+    peer = FORWARD.peers[0]._replace(yardstick="another function")
+    found = measure(replace(FORWARD, peers=(peer,)))
+    data = report.to_json(ENVIRONMENT, [found])["results"][0]
+    ours, other = data["candidates"]
+    assert (ours["status"], ours["yardstick"]) == ("ok", None)
+    assert (other["status"], other["yardstick"]) == ("yardstick", "another function")
+    assert other["speedup"]["medians"] == pytest.approx(other["median_s"] / ours["median_s"])
+    assert other["max_error"] is None
+    assert other["of_matmul_rate"] is None
+    assert f"{peer.name}: a yardstick, not this function: another function" in printed(data)
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("label", ["standard", "gqa"])
+def test_hybrid_yardsticks_are_window_and_linear_attention(label, mode):
+    case = SMALL[f"hybrid/{label}/{mode}/fp32"]
+    shape, inputs = hybrid.SHAPES[label].small(), case.inputs(CPU)
+
+    def both(q, k, v, phi_q, phi_k):
+        near = attention(q, k, v, None, shape.window - 1, 0, shape.D**-0.5, None)[0]
+        v, phi_k = (x.repeat_interleave(shape.Hq // shape.H, 2) for x in (v, phi_k))
+        return near + our_reference({"normalize": False, "l2norm_qk": False})(phi_q, phi_k, v)
+
+    exact = hybrid_run(both, {name: x.double() for name, x in inputs.items()}, mode != "forward").call()
+    yardsticks = [peer for peer in case.peers if peer.yardstick]
+    assert len(yardsticks) == 2
+    for peer in yardsticks:
+        for found, expected in zip(peer.prepare(inputs).call(), exact, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_hybrid_decode_yardsticks_are_the_two_steps(normalize):
+    case = SMALL["hybrid/decode/step/fp32"]
+    inputs = case.inputs(CPU)
+    found = decode_separate(normalize).prepare(inputs).call()[0]
+    x = {name: y.double() for name, y in inputs.items()}
+    k, v = (torch.cat([x[f"past_{name}"], x[name]], 1)[:, 1:] for name in "kv")
+    near = attention(x["q"], k, v, None, None, None, x["q"].shape[-1] ** -0.5, None)[0]
+    phi_q, phi_k = (x[name][:, 0] for name in ("phi_q", "phi_k"))
+    state = x["state"] + phi_k[..., :, None] * x["v"][:, 0, :, None]
+    far = (phi_q[..., None, :] @ state)[..., 0, :]
+    sums = (phi_q * (x["normalizer"] + phi_k)).sum(-1, keepdim=True) + 1e-6
+    far = far / sums if normalize else far * phi_q.shape[-1] ** -0.5
+    torch.testing.assert_close(found.double(), near + far[:, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", hybrid.SHAPES.values(), ids=hybrid.SHAPES)
+def test_hybrid_flops_count_near_pairs_and_the_state(shape):
+    small = shape.small()
+    j = torch.arange(small.T)
+    far = j < hybrid.reference.first_near(j[:, None], small.window, small.block)
+    pairs, readers, written = ((j <= j[:, None]) & ~far).sum(), far.any(1).sum(), far.any(0).sum()
+    near, state = 4 * small.D * pairs * small.Hq, 2 * small.F * small.D
+    read, write = state * readers * small.Hq, state * written * small.H
+    assert small.flops(backward=False) == small.B * (near + read + write)
+    assert small.flops(backward=True) == small.B * (3.5 * near + 3 * read + 4 * write)
+
+
+def test_hybrid_last_rows_check_sees_an_error_in_any_gradient():
+    for alignment in ("sliding", "block"):
+        shape = hybrid.Shape(T=1152, Hq=4, H=2, D=16, F=24, window=64, alignment=alignment)
+        assert shape.checked_rows < shape.T
+        long = hybrid.hybrid_case("long", shape, "forward_backward", "fp32")
+        expected = Expected.of(long, long.inputs(CPU))
+        assert expected.check(long.ours)[0].passed
+        for output in range(6):
+            assert not expected.check(broken(long.ours, output))[0].passed
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -95,9 +95,9 @@ struct SoftmaxGradient {
     }
 
     // Zeros for rows that are multiplied by zeros before they are loaded.
-    void clear_keys(int64_t count) {
-        __builtin_memset(ka, 0, size_t(count * d) * sizeof(A));
-        __builtin_memset(va, 0, size_t(count * dv) * sizeof(A));
+    void clear_keys(int64_t at, int64_t count) {
+        __builtin_memset(ka + at * d, 0, size_t(count * d) * sizeof(A));
+        __builtin_memset(va + at * dv, 0, size_t(count * dv) * sizeof(A));
     }
 
     // Scratch rows of keys in pairs, from an even one on.
@@ -159,7 +159,6 @@ struct SoftmaxGradient {
     void differentiate(const Run& run, int64_t i0) {
         const F cap = softcap, c = cap > 0 ? F(1) : scale * kLog2e<F>;
         const F outer = Shift ? scale * mix : scale;
-        const F inner = rewrite ? c : F(1), after = rewrite ? F(1) : c;
         for (int64_t v = run.v.begin; v < run.v.end; ++v) {
             const Vec<F> shift = loadu<F>(lse + v * L), mean = loadu<F>(delta + v * L);
             const Vec<F> times = Shift ? loadu<F>(factor + v * L) : Vec<F>{};
@@ -172,10 +171,12 @@ struct SoftmaxGradient {
                     s = cap * bent * kLog2e<F>;
                     slope *= F(1) - bent * bent;
                 }
-                if constexpr (Shift)  // the difference first: exactly 0 at the maximum
-                    prob = exp2_nonpositive<F>((s * inner - shift) * after);
-                else
+                if (!Shift)
                     prob = exp2_nonpositive<F>(s * c - shift);
+                else if (rewrite)  // as SoftmaxBlock computed the shift
+                    prob = exp2_nonpositive<F>(s * scale * kLog2e<F> - shift);
+                else  // exactly 1 at the maximum
+                    prob = exp2_nonpositive<F>((s - shift) * c);
                 if (run.masked) prob = select<F>(visible_lanes<F>(band, i0, j, v), prob, Vec<F>{});
                 if constexpr (Shift) prob *= times;
                 const Vec<F> share = prob * (loadu<F>(dpt + at) - mean);

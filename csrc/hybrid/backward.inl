@@ -78,7 +78,7 @@ struct HybridBackward {
         kt = arena.take<F>(Fp * kFar);
         product = arena.take<F>(Vp * kFar);
         dv = arena.take<F>(kFar * Vp);
-        softmax.clear_keys(slots);
+        softmax.clear_keys(0, slots);
     }
 
     void walk(const HybridTask& own) {
@@ -169,6 +169,9 @@ struct HybridBackward {
             softmax.load_keys(p.k.at<const E>(s.b, row, h), p.k.t, p.v.at<const E>(s.b, row, h), p.v.t, at,
                               count);
             const int64_t even = at / 2 * 2, past = (at + count + 1) / 2 * 2;
+            // Halves of pairs that are not of this sequence, or not yet here: multiplied by zeros.
+            if (even < at) softmax.clear_keys(even, 1);
+            if (j + count == s.k.size() && at + count < past) softmax.clear_keys(at + count, 1);
             softmax.pair_keys(even, past - even);
             j += count;
         }

@@ -51,8 +51,9 @@ struct Blocks {
         unit = W >= lanes ? W : p.unit;
     }
 
-    // The block that position i is in.
+    // The block that position i is in; empty past the last.
     Range at(int64_t i) const {
+        if (i >= S) return {S, S};
         const int64_t start = i / unit * unit, begin = start + (i - start) / step * step;
         const int64_t end = begin + step < start + unit ? begin + step : start + unit;
         return Band::clip({begin, end}, {offset, S});

@@ -19,9 +19,9 @@ POSITIVE_MAPS = tuple(name for name, kind in FEATURE_MAPS.items() if kind.positi
 class HybridAttention(AttentionHeads):
     """Multi-head hybrid attention, x `[B, T, C]` -> `[B, T, C]`: time linear in T, a cache of constant size.
 
-    Near keys weigh `sigmoid(mix_logit) exp(s_ij - max_j s_ij)`, far keys
-    `(1 - sigmoid(mix_logit)) phi_q(q_i) . phi_k(k_j)`, and the sum over all of them divides. Only the ratio
-    of the two factors matters; it is `exp(mix_logit)`, the `mix` of `slmkernels.hybrid_attention`.
+    Near keys weigh `sigmoid(mix_logit) exp(s_ij - max_j s_ij)` and far keys
+    `(1 - sigmoid(mix_logit)) phi_q(q_i) . phi_k(k_j)`; the sum over all of them divides
+    (`slmkernels.hybrid_attention`).
 
     The maps see queries and keys as the softmax does, normed and rotated, for it is the softmax's weights of
     these that they are to come near to (so do LoLCATs).
@@ -135,20 +135,23 @@ class HybridAttention(AttentionHeads):
         """
         self.check_input(x)
         if cache is not None:
-            self._check_cache(cache, cu_seqlens)
+            self._check_cache(cache, x.shape[0], cu_seqlens)
         q, k, v = self.heads(x, cache, cu_seqlens, positions)
-        tokens = (q, k, v, self.q_map(q), self.k_map(k))
-        options = {"mix": wide(self.mix_logit).exp(), "backend": backend}
+        near, far = wide(self.mix_logit).sigmoid(), wide(-self.mix_logit).sigmoid()  # [Hq], together 1
+        tokens = (q, k, v, self.q_map(q) * far[:, None].to(q.dtype), self.k_map(k))
+        options = {"mix": near, "backend": backend}
         if cache is not None:
             o = hybrid_attention_step(*tokens, cache, **options)
         else:
-            near = {"window": self.window, "alignment": self.alignment}
-            o = hybrid_attention(*tokens, **near, cu_seqlens=cu_seqlens, **options)
+            options |= {"window": self.window, "alignment": self.alignment}
+            o = hybrid_attention(*tokens, cu_seqlens=cu_seqlens, **options)
         return self.out(o.flatten(2))  # [B, T, Hq * D] -> [B, T, C]
 
-    def _check_cache(self, cache: HybridCache, cu_seqlens: Tensor | None) -> None:
+    def _check_cache(self, cache: HybridCache, batch: int, cu_seqlens: Tensor | None) -> None:
         expect(cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with a cache: it holds one sequence a row")
         expect(isinstance(cache, HybridCache), "cache", cache, "a HybridCache, from new_cache", TypeError)
+        rows = cache.state.shape[0]
+        expect(rows == batch, "cache", cache, f"a batch of {batch}, as x has")
         ours = {"window": self.window, "alignment": self.alignment}
         for name, value in ours.items():
             theirs = getattr(cache, name)
@@ -169,9 +172,10 @@ def hybrid_from_softmax(
 ) -> HybridAttention:
     """A `HybridAttention` with the projections, norms and positions of a trained softmax attention.
 
-    Its parameters are copies. Feature maps and mix have their initial values: for keys that are not near the
-    result is to be trained (`slmkernels.train.attention_transfer`), up to there it equals the attention,
-    if no more keys are near than the attention sees. With them, it sees farther than a windowed one.
+    Its parameters are copies, frozen where those are. Feature maps and mix have their initial values: for
+    keys that are not near the result is to be trained (`slmkernels.train.attention_transfer`), up to there
+    it equals the attention, if no more keys are near than the attention sees. With them, it sees farther
+    than a windowed one.
 
     Args:
         attention: causal, without softcap and sinks.
@@ -206,4 +210,6 @@ def hybrid_from_softmax(
         device=weight.device,
     )
     hybrid.load_state_dict({**hybrid.state_dict(), **attention.state_dict()})
+    for name, parameter in attention.named_parameters():
+        hybrid.get_parameter(name).requires_grad_(parameter.requires_grad)
     return hybrid.train(attention.training)

@@ -44,6 +44,7 @@ def hybridize(
         ValueError: no such layers, hybrid ones already, another window than the S layers that stay, sinks or
             a softcap; the message names it.
     """
+    expect(isinstance(model, SmallLM), "model", model, "a SmallLM", TypeError)
     old = model.config
     expect(letters in ("F", "S", "FS", "SF"), "letters", letters, "'F', 'S' or 'FS'")
     layers = "".join("H" if letter in letters else letter for letter in old.layers)
@@ -82,10 +83,10 @@ def attention_transfer(
     Raises:
         ValueError: no hybrid layer has a softmax layer as its teacher.
     """
-    pairs = []
+    pairs, teachers = [], dict(softmax.named_modules())
     for name, layer in hybrid.named_modules():
-        teacher = softmax.get_submodule(name) if isinstance(layer, HybridAttention) else None
-        if isinstance(teacher, SlidingWindowAttention):
+        teacher = teachers.get(name)
+        if isinstance(layer, HybridAttention) and isinstance(teacher, SlidingWindowAttention):
             pairs.append((teacher, layer))
     expect(
         pairs, "hybrid", type(hybrid), "one with HybridAttention where `softmax` has SlidingWindowAttention"
@@ -96,7 +97,7 @@ def attention_transfer(
     def record(layer, inputs, options, output):
         calls[layer] = inputs, options, output
 
-    with contextlib.ExitStack() as undo:
+    with torch.enable_grad(), contextlib.ExitStack() as undo:
         for teacher, _ in pairs:
             undo.callback(teacher.register_forward_hook(record, with_kwargs=True).remove)
         for parameter in hybrid.parameters():

@@ -189,4 +189,4 @@ def decode_separate(normalize: bool) -> Candidate:
 
     how = "normalised" if normalize else "not normalised"
     what = f"sliding_window_attention_step + linear_attention_step ({how}) of ours"
-    return Candidate("window + linear step" + ", normalised" * normalize, prepare, yardstick=what)
+    return Candidate("two steps" + ", normalised" * normalize, prepare, yardstick=what)

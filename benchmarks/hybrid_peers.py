@@ -1,7 +1,8 @@
 """The peers of hybrid attention: PyTorch's quadratic and linear-cost forms, a step in PyTorch, yardsticks.
 
-A yardstick runs window attention and linear attention one after the other, each with its own normaliser, and
-adds their results: another function, of about the cost that one has without a fused operation.
+A yardstick runs window attention and linear attention one after the other, the latter over all keys and
+without a normaliser, and adds their results: another function, of about the cost that one has without a fused
+operation.
 All take the layout [B, T, H, D]. A peer raises `Unavailable` with a reason where it cannot do a case.
 """
 

@@ -27,11 +27,8 @@ class Ring:
             one launch may read and advance it without a race. All rows advance together.
     """
 
+    rings: tuple[Tensor, ...]
     position: Tensor
-
-    @property
-    def rings(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
 
     @property
     def length(self) -> int:

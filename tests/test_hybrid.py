@@ -35,7 +35,7 @@ from rule import (
     two_dtypes,
 )
 
-from slmkernels import linear_attention, sliding_window_attention
+from slmkernels import hybrid_attention, linear_attention, sliding_window_attention
 from slmkernels.ops.hybrid import function, reference
 
 every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -499,3 +499,44 @@ def test_shared_heads_equal_repeated_ones(alignment):
     for name in ("dk", "dv", "dphi_k"):
         repeated[name] = repeated[name].unflatten(2, (2, 2)).sum(3)
     same_in_float64(repeated, shared, names=["o", "dq", "dk", "dv", "dphi_q", "dphi_k", "dmix"])
+
+
+@needs_native
+@pytest.mark.parametrize(("window", "lengths"), [(1000, (100, 63)), (2, (100, 80)), (3, (7, 8))])
+@pytest.mark.parametrize("which", [1, 2, 4], ids=["k", "v", "phi_k"])
+def test_nan_of_one_sequence_stays_there_in_bfloat16(window, lengths, which):
+    """Keys are multiplied in pairs there, and a sequence's first or last may have no partner of its own."""
+    torch.manual_seed(0)
+    T, kind = sum(lengths), {"dtype": torch.bfloat16}
+    tensors = [torch.randn(1, T, 1, 32, **kind) for _ in range(3)]
+    tensors += [torch.rand(1, T, 1, 8, **kind) for _ in range(2)]
+    tensors[which][:, : lengths[0]] = float("nan")
+    tensors = [x.requires_grad_() for x in tensors]
+    cu = torch.tensor([0, lengths[0], T], dtype=torch.int32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # one task after another in the same scratch memory
+        hybrid_attention(*tensors, window=window, cu_seqlens=cu, backend="native").sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    for x in tensors:
+        assert x.grad[:, lengths[0] :].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(4))
+def test_a_negative_scale_of_large_scores(seed):
+    """Scores are rewritten where scale <= 0, and the backward must round them as the forward did."""
+    torch.manual_seed(seed)
+    q, k = (15 * torch.randn(1, 256, 1, 17) for _ in range(2))
+    v, *phi = torch.randn(1, 256, 1, 17), *torch.rand(2, 1, 256, 1, 8)
+    do = torch.randn_like(v)
+
+    def dv(dtype, backend):
+        x = [y.to(dtype).requires_grad_() for y in (q, k, v, *phi)]
+        o = hybrid_attention(*x, window=65, alignment="block", scale=-1.0, backend=backend)
+        return torch.autograd.grad(o, x[2], do.to(dtype))[0].double()
+
+    true = dv(torch.float64, "reference")
+    ours, plain = ((dv(torch.float32, b) - true).abs().max() for b in ("native", "reference"))
+    assert ours <= 2 * plain + 1e-6 * true.abs().max()

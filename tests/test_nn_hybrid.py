@@ -469,3 +469,26 @@ def test_memory_does_not_grow():
 def test_wrong_configurations_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         SmallLMConfig(**changes)
+
+
+def test_conversion_keeps_what_is_frozen():
+    attention = softmax(window=7)
+    attention.qkv.weight.requires_grad_(False)
+    hybrid = hybrid_from_softmax(attention)
+    assert not hybrid.qkv.weight.requires_grad
+    assert hybrid.out.weight.requires_grad
+    assert hybrid.mix_logit.requires_grad
+
+
+def test_a_cache_of_another_batch():
+    hybrid = hybrid_from_softmax(softmax(window=7))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"cache is .*expected a batch of 2"):
+        hybrid(tokens(2, 3), cache=hybrid.new_cache(3))
+
+
+@pytest.mark.parametrize("logit", [-100.0, 100.0])
+def test_extreme_mixes_are_finite(logit):
+    hybrid = hybrid_from_softmax(softmax(window=7))
+    with torch.no_grad():
+        hybrid.mix_logit.fill_(logit)
+    assert hybrid(tokens(1, 30)).isfinite().all()

@@ -120,3 +120,15 @@ def test_what_cannot_be_converted_is_named(changes, options, message):
 def test_pairs_are_needed():
     with pytest.raises(ValueError, match=r"hybrid is .*HybridAttention where `softmax`"):
         attention_transfer(model(), model(), [text(1, 8)])
+
+
+def test_transfer_learns_under_no_grad_and_names_a_missing_teacher():
+    torch.manual_seed(0)
+    softmax = SlidingWindowAttention(32, num_heads=2, window=None)
+    hybrid = hybrid_from_softmax(softmax, window=4)
+    with torch.no_grad():
+        assert len(attention_transfer(softmax, hybrid, states(2))) == 2
+    with pytest.raises(ValueError, match="hybrid is"):
+        attention_transfer(softmax, torch.nn.Sequential(hybrid), states(1))
+    with pytest.raises(TypeError, match="model is"):
+        hybridize(softmax)

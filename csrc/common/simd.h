@@ -74,6 +74,17 @@ SLM_INLINE Vec<F> vmax(Vec<F> a, Vec<F> b) {
     return a > b ? a : b;
 }
 
+// x as it would be stored: not part of a fused multiply-add. (Before GCC 12 it may be, and costs digits.)
+template <typename F>
+SLM_INLINE Vec<F> as_stored(Vec<F> x) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+    return __builtin_assoc_barrier(x);
+#endif
+#endif
+    return x;
+}
+
 template <typename F, int S = kLanes<F> / 2>
 SLM_INLINE F reduce_add(Vec<F> x) {  // halves onto each other
     if constexpr (S == 0) {

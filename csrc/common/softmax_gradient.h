@@ -173,8 +173,8 @@ struct SoftmaxGradient {
                 }
                 if (!Shift)
                     prob = exp2_nonpositive<F>(s * c - shift);
-                else if (rewrite)  // as SoftmaxBlock computed the shift
-                    prob = exp2_nonpositive<F>(s * scale * kLog2e<F> - shift);
+                else if (rewrite)  // as SoftmaxBlock computed the shift: rounded before it is subtracted
+                    prob = exp2_nonpositive<F>(as_stored<F>(s * scale * kLog2e<F>) - shift);
                 else  // exactly 1 at the maximum
                     prob = exp2_nonpositive<F>((s - shift) * c);
                 if (run.masked) prob = select<F>(visible_lanes<F>(band, i0, j, v), prob, Vec<F>{});

@@ -14,6 +14,9 @@
 // with the block after which its key enters the state. Nothing is added to in memory.
 //
 // The forward keeps a state every `segment` tokens; the states between are computed again and held in cache.
+//
+// Counted as in forward.inl: near 21.3, mixed 3.1, states 5; in all 29.4. (Apart: 21.3 + 6.9.) Measured as
+// there: 1.50 of sliding-window attention's backward, where linear attention's takes 0.44 of it.
 
 template <typename F, typename E, typename P>
 struct HybridBackward {
@@ -28,10 +31,10 @@ struct HybridBackward {
     FarKeys<F> far;
     const int64_t V, Vp, Vx, Fp;
     F *states, *dS;  // [held][V + 1][Fp], [V + 1][Fp]
-    F *y, *yt;  // y [W][Vx]; without its last column, and transposed [V][W]
+    F *y, *yt;  // y [W][Vx], transposed [V + 1][W]
     F *phi, *phi_t;  // phi_q [W][Fp], transposed [F][W]
     F *dphi, *dphi_k;  // [W][Fp], [kFar][Fp]
-    F *at, *gt;  // mixed keys: weights / den, and their gradients [kFar][W]
+    F *at, *gt;  // mixed keys: weights, and their gradients [kFar][W]
     F* rows_q;  // dq [W][D]
     F *kt, *product;  // phi_k transposed [F][kFar]; [V][kFar], dv transposed
     F* dv;  // [kFar][Vp]
@@ -123,10 +126,7 @@ struct HybridBackward {
             if (i >= end || entering.size() == 0) continue;
             F* const to = states + ++state * size;
             __builtin_memcpy(to, to - size, size_t(size) * sizeof(F));
-            for (int64_t j = entering.begin; j < entering.end; j += kFar) {
-                far.template load<E>(s, h, Band::clip({j, j + kFar}, entering));
-                far.enter(to);
-            }
+            far.template enter_all<E>(s, h, entering, to);
         }
         return state;
     }

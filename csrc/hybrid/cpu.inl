@@ -105,6 +105,15 @@ struct FarKeys {
     // state [V + 1][Fp] <- state + v^T phi
     void enter(F* state) const { gemm<Fma<F>, true>(V + 1, Fp / L, j.size(), v, 1, Vx, phi, Fp, state, Fp); }
 
+    // All of a range, loaded a piece after another.
+    template <typename E>
+    void enter_all(const HybridSequence& s, int64_t h, Range keys, F* state) {
+        for (int64_t at = keys.begin; at < keys.end; at += kFar) {
+            load<E>(s, h, Band::clip({at, at + kFar}, keys));
+            enter(state);
+        }
+    }
+
     // Calls body(n, count, first): keys n .. n + count of the loaded ones are far from vector `first` on, of
     // a block of queries that begins at i0; the first vector's lanes need a mask.
     template <typename Body>

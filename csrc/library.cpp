@@ -46,4 +46,20 @@ STABLE_TORCH_LIBRARY(slmkernels, m) {
         "causal_conv1d_backward(Tensor dout, Tensor? dstate, Tensor x, Tensor weight, Tensor? bias, "
         "Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu) -> Tensor");
+    m.def(
+        "route_forward(Tensor logits, Tensor? selection_bias, Tensor? expert_mask, int top_k, int score, "
+        "bool renormalize, int num_groups, int top_groups, float route_scale) -> (Tensor, Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "route_backward(Tensor? dweights, Tensor? dprobabilities, Tensor? dz, Tensor logits, "
+        "Tensor? expert_mask, Tensor indices, Tensor lse, int score, bool renormalize, float route_scale) -> "
+        "Tensor");
+    m.def(
+        "expert_mlp_forward(Tensor x, Tensor indices, Tensor? weights, Tensor? cu_seqlens, Tensor w_gate_up, "
+        "Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int activation, bool interleaved, bool save) -> "
+        "(Tensor, Tensor)");
+    m.def(
+        "expert_mlp_backward(Tensor dout, Tensor x, Tensor indices, Tensor? weights, Tensor? cu_seqlens, "
+        "Tensor w_gate_up, Tensor w_down, Tensor? b_gate_up, Tensor? b_down, Tensor h, int activation, "
+        "bool interleaved, bool need_x, bool need_w) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

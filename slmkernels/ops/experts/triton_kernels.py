@@ -1,0 +1,1 @@
+"""Routing and experts in Triton: tile choice, launchers, operator registration."""

@@ -40,17 +40,21 @@ SLM_INLINE Vec<F> load_logits(const Problem& p, int64_t t, int64_t e, int64_t n)
     constexpr int L = kLanes<F>;
     typedef uint8_t Bytes __attribute__((vector_size(L), aligned(1), may_alias));
     const E* from = static_cast<const E*>(p.logits) + t * p.logits_row + e;
-    const uint8_t* allowed = p.mask == nullptr ? nullptr : p.mask + t * p.mask_row + e;
-    if (n == L && allowed == nullptr) return load<F>(from);
+    if (n == L && p.mask == nullptr) return load<F>(from);
+    Mask<F> kept;
+    for (int l = 0; l < L; ++l) kept[l] = Int<F>(l);
+    kept = kept < Int<F>(n);
+    if (p.mask != nullptr) {
+        uint8_t allowed[L] = {};
+        __builtin_memcpy(allowed, p.mask + t * p.mask_row + e, size_t(n));
+        kept &= __builtin_convertvector(*reinterpret_cast<const Bytes*>(allowed), Mask<F>) != 0;
+    }
     E part[L] = {};
-    uint8_t ones[L] = {};
-    __builtin_memcpy(part, from, size_t(n) * sizeof(E));
-    if (allowed == nullptr)
-        __builtin_memset(ones, 1, size_t(n));
-    else
-        __builtin_memcpy(ones, allowed, size_t(n));
-    const Mask<F> kept = __builtin_convertvector(*reinterpret_cast<const Bytes*>(ones), Mask<F>) != 0;
-    return select<F>(kept, load<F>(part), splat<F>(-kInf<F>));
+    if ((p.T - 1 - t) * p.logits_row + p.E - e < L) {  // a whole register would end past the tensor
+        __builtin_memcpy(part, from, size_t(n) * sizeof(E));
+        from = part;
+    }
+    return select<F>(kept, load<F>(from), splat<F>(-kInf<F>));
 }
 
 // 0 where no expert is allowed and where the greatest logit is inf (which leaves NaN and zeros), else 1 / sum.
@@ -67,6 +71,13 @@ SLM_INLINE Vec<F> shift_of(Vec<F> top) {  // -inf - -inf must not become NaN
 template <typename F>
 SLM_INLINE Vec<F> exp(Vec<F> x) {
     return exp2_nonpositive<F>(x * kLog2e<F>);
+}
+
+// The sigmoid s, exactly 0 of a forbidden expert, and 1 - s.
+template <typename F>
+SLM_INLINE void score_of(Vec<F> x, Vec<F>& s, Vec<F>& rest) {
+    sigmoid<F>(x, s, rest);
+    s = select<F>(x == -kInf<F>, Vec<F>{}, s);
 }
 
 // ---- forward
@@ -187,8 +198,7 @@ struct ForwardTask {
             sum += power;
             if (sigmoids) {
                 Vec<F> y, rest;
-                sigmoid<F>(v, y, rest);
-                y = select<F>(v == -kInf<F>, Vec<F>{}, y);
+                score_of<F>(v, y, rest);
                 total += y;
                 storeu<F>(s + e * L, y);
             } else {
@@ -298,14 +308,13 @@ struct BackwardTask {
     const bool sigmoids, dense;  // dense: every expert of a token has a gradient
     const int64_t width;
     Arena arena;
-    F *x, *s, *rest, *dx;  // a token's logits, scores (softmax: p), 1 - sigmoid, gradients
-    F *chosen, *dw, *dc;  // of the chosen experts: logits, d(weights), d(logits)
-    const F* dmean;
-    int64_t* number;
+    F *x, *s, *rest, *dx;  // of a token: logits, scores (softmax: p), 1 - sigmoid, gradients [E]
+    F *chosen, *dweights;  // of a tile of tokens: logits, then weights, and scale d(weights) [k][L]
+    Vec<F>* dchosen;  // d(chosen logits) [k]
+    Int<F>* number;  // [k][L]
 
     static size_t bytes(const Problem& p) {
-        const int64_t width = round_up(p.E, L), k = round_up(p.k, L);
-        return size_t(4 * width + 3 * k) * sizeof(F) + size_t(k) * sizeof(int64_t) + 1024;
+        return size_t(4 * round_up(p.E, L)) * sizeof(F) + size_t(4 * p.k) * SLM_BYTES + 1024;
     }
 
     explicit BackwardTask(const Gradient& of)
@@ -319,67 +328,71 @@ struct BackwardTask {
           s(arena.take<F>(width)),
           rest(arena.take<F>(width)),
           dx(arena.take<F>(width)),
-          chosen(arena.take<F>(round_up(p.k, L))),
-          dw(arena.take<F>(round_up(p.k, L))),
-          dc(arena.take<F>(round_up(p.k, L))),
-          dmean(static_cast<const F*>(g.dmean)),
-          number(arena.take<int64_t>(p.k)) {}
+          chosen(arena.take<F>(p.k * L)),
+          dweights(arena.take<F>(p.k * L)),
+          dchosen(arena.take<Vec<F>>(p.k)),
+          number(arena.take<Int<F>>(p.k * L)) {}
 
-    void token(int64_t t) {
-        const F lse = static_cast<const F*>(g.lse)[t];
-        const int64_t count = g.dweights == nullptr ? 0 : gather(t);
-        const F through = among(count, lse);
-        if (dense)
-            means(t, lse, through);
-        else
-            __builtin_memset(dx, 0, size_t(width) * sizeof(F));
-        for (int64_t j = 0; j < count; ++j) dx[number[j]] += dc[j];
-        narrow_row<F>(dx, static_cast<E*>(g.dlogits) + t * p.E, p.E);
-    }
-
-    // The experts that token t has, their logits and d(weights), padded to whole registers.
-    int64_t gather(int64_t t) {
-        const E* logits = static_cast<const E*>(p.logits) + t * p.logits_row;
-        const F* dweights = static_cast<const F*>(g.dweights) + t * g.dweights_row;
-        int64_t count = 0;
-        for (int64_t j = 0; j < p.k; ++j) {
-            const int64_t e = g.indices[t * p.k + j];
-            if (e < 0 || e >= p.E) continue;
-            number[count] = e, chosen[count] = widen<F>(logits[e]);
-            dw[count++] = F(p.scale) * dweights[j * g.dweights_column];
-        }
-        for (int64_t j = count; j < round_up(count, L); ++j) chosen[j] = -kInf<F>, dw[j] = F(0);
-        return count;
-    }
-
-    // d(logits) of the chosen by way of the weights -> dc. Returns sum_f G_f p_f, which a softmax over all
-    // experts takes from every one.
-    F among(int64_t count, F lse) {
-        Vec<F> top = splat<F>(-kInf<F>), sum{}, product{};
-        const bool relative = p.among_chosen(), renormalized = relative || (sigmoids && p.renormalize);
-        for (int64_t j = 0; j < count; j += L) top = vmax<F>(loadu<F>(chosen + j), top);
-        F most = -kInf<F>;
-        for (int l = 0; l < L; ++l) most = top[l] > most ? top[l] : most;
-        const F shift = relative ? (most == -kInf<F> ? F(0) : most) : lse;
-        for (int64_t j = 0; j < count; j += L) {
-            const Vec<F> v = loadu<F>(chosen + j);
-            Vec<F> w, slope = splat<F>(F(1));
-            if (sigmoids) {
-                sigmoid<F>(v, w, slope);
-                w = select<F>(v == -kInf<F>, Vec<F>{}, w);
-            } else {
-                w = exp<F>(v - shift);
+    void run(int64_t block) {
+        const int64_t end = least(p.T, (block + 1) * kBlock), k = g.dweights == nullptr ? 0 : p.k;
+        const F* lse = static_cast<const F*>(g.lse);
+        for (int64_t t = block * kBlock; t < end; t += L) {
+            const int64_t rows = least(L, end - t);
+            Vec<F> lses{}, through{};
+            for (int64_t l = 0; l < rows; ++l) lses[l] = lse[t + l];
+            if (k > 0) gather(t, rows), through = among(lses);
+            for (int64_t l = 0; l < rows; ++l) {
+                if (dense)
+                    means(t + l, lse[t + l], through[l]);
+                else
+                    __builtin_memset(dx, 0, size_t(width) * sizeof(F));
+                for (int64_t j = 0; j < k; ++j)
+                    if (number[j * L + l] >= 0) dx[number[j * L + l]] += dchosen[j][l];
+                narrow_row<F>(dx, static_cast<E*>(g.dlogits) + (t + l) * p.E, p.E);
             }
-            sum += w, product += w * loadu<F>(dw + j);
-            storeu<F>(chosen + j, w), storeu<F>(dc + j, slope);
         }
-        const F factor = !renormalized ? F(1) : F(1) / (reduce_add<F>(sum) + (sigmoids ? kEps<F> : F(0)));
-        const F through = reduce_add<F>(product) * factor;
-        for (int64_t j = 0; j < count; j += L) {
-            const Vec<F> from = loadu<F>(dw + j) - (renormalized ? through : F(0));
-            storeu<F>(dc + j, loadu<F>(chosen + j) * factor * from * loadu<F>(dc + j));
+    }
+
+    // The experts of tokens [t, t + rows), their logits and d(weights); an absent one is -1, -inf and 0.
+    void gather(int64_t t, int64_t rows) {
+        for (int64_t j = 0; j < p.k; ++j)
+            for (int64_t l = 0; l < L; ++l) {
+                const int64_t e = l < rows ? g.indices[(t + l) * p.k + j] : -1, at = j * L + l;
+                const bool present = e >= 0 && e < p.E;
+                const E* logits = static_cast<const E*>(p.logits) + (t + l) * p.logits_row;
+                const F* from =
+                    static_cast<const F*>(g.dweights) + (t + l) * g.dweights_row + j * g.dweights_column;
+                number[at] = present ? Int<F>(e) : Int<F>(-1);
+                chosen[at] = present ? widen<F>(logits[e]) : -kInf<F>;
+                dweights[at] = present ? F(p.scale) * *from : F(0);
+            }
+    }
+
+    // d(logits) of the chosen by way of the weights -> dchosen. Returns sum_f G_f p_f, which a softmax over
+    // all experts takes from every one.
+    Vec<F> among(Vec<F> lse) {
+        const bool relative = p.among_chosen(), divided = relative || (sigmoids && p.renormalize);
+        Vec<F> shift = splat<F>(-kInf<F>), sum{}, product{};
+        for (int64_t j = 0; j < p.k; ++j) shift = vmax<F>(loadu<F>(chosen + j * L), shift);
+        shift = relative ? shift_of<F>(shift) : lse;
+        for (int64_t j = 0; j < p.k; ++j) {
+            const Vec<F> v = loadu<F>(chosen + j * L);
+            Vec<F> w, slope = splat<F>(F(1));
+            if (sigmoids)
+                score_of<F>(v, w, slope);
+            else
+                w = exp<F>(v - shift);
+            sum += w, product += w * loadu<F>(dweights + j * L);
+            storeu<F>(chosen + j * L, w), dchosen[j] = slope;
         }
-        return sigmoids || relative ? F(0) : through;
+        Vec<F> factor = splat<F>(F(1));
+        if (divided) factor = F(1) / (sum + (sigmoids ? kEps<F> : F(0)));
+        product *= factor;
+        for (int64_t j = 0; j < p.k; ++j) {
+            const Vec<F> dw = loadu<F>(dweights + j * L), w = loadu<F>(chosen + j * L) * factor;
+            dchosen[j] *= w * (divided ? dw - product : dw);
+        }
+        return sigmoids || relative ? Vec<F>{} : product;
     }
 
     // d(logits) of all experts by way of the means and, `through`, of a softmax over all -> dx.
@@ -388,20 +401,18 @@ struct BackwardTask {
         for (int64_t e = 0; e < p.E; e += L) {
             const Vec<F> v = load_logits<F, E>(p, t, e, least(L, p.E - e));
             Vec<F> y, slope;
-            if (sigmoids) {
-                sigmoid<F>(v, y, slope);
-                y = select<F>(v == -kInf<F>, Vec<F>{}, y);
-                storeu<F>(rest + e, slope);
-            } else {
+            if (sigmoids)
+                score_of<F>(v, y, slope), storeu<F>(rest + e, slope);
+            else
                 y = exp<F>(v - lse);
-            }
-            total += y, product += y * loadu<F>(dmean + e);
+            total += y, product += y * loadu<F>(static_cast<const F*>(g.dmean) + e);
             storeu<F>(x + e, v), storeu<F>(s + e, y);
         }
         const F factor = sigmoids ? F(1) / (reduce_add<F>(total) + kEps<F>) : F(1);
         const F mean = reduce_add<F>(product) * factor, dlse = F(g.dz) * lse;
         for (int64_t e = 0; e < p.E; e += L) {
-            const Vec<F> v = loadu<F>(x + e), y = loadu<F>(s + e) * factor, d = loadu<F>(dmean + e) - mean;
+            const Vec<F> v = loadu<F>(x + e), y = loadu<F>(s + e) * factor,
+                         d = loadu<F>(static_cast<const F*>(g.dmean) + e) - mean;
             Vec<F> dv;
             if (sigmoids)
                 dv = y * d * loadu<F>(rest + e) + exp<F>(v - lse) * dlse;
@@ -415,7 +426,7 @@ struct BackwardTask {
 template <typename F, typename E>
 void backward_blocks(const Gradient& g, int64_t begin, int64_t end) {
     BackwardTask<F, E> task(g);
-    for (int64_t t = begin * kBlock; t < least(g.problem.T, end * kBlock); ++t) task.token(t);
+    for (int64_t block = begin; block < end; ++block) task.run(block);
 }
 
 // ---- by dtype

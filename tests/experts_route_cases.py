@@ -113,7 +113,7 @@ def run(logits, top_k, backend, gradients=None, **keywords):
     leaf = logits.detach().requires_grad_() if logits.is_leaf else logits
     routing = route(leaf, top_k, backend=backend, **keywords)
     if gradients is None:
-        gradients = cotangents(*logits.shape, top_k)
+        gradients = [g.to(logits.device) for g in cotangents(*logits.shape, top_k)]
     pairs = zip((routing.weights, routing.probabilities, routing.z), gradients, strict=True)
     outputs, seeds = zip(*((x, g.to(x.dtype)) for x, g in pairs if g is not None), strict=True)
     (dlogits,) = torch.autograd.grad(outputs, leaf, seeds)
@@ -125,7 +125,7 @@ def check(logits, top_k, backend, gradients=None, **keywords):
     ours = run(logits, top_k, backend, gradients, **keywords)
     same = run(logits, top_k, "reference", gradients, **keywords)
     if gradients is None:
-        gradients = cotangents(*logits.shape, top_k)
+        gradients = [g.to(logits.device) for g in cotangents(*logits.shape, top_k)]
     high = torch.promote_types(logits.dtype, torch.float32)  # all see the same gradients
     gradients = [None if g is None else g.to(high).double() for g in gradients]
     truth = run(logits.double(), top_k, "reference", gradients, **keywords)

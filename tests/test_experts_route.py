@@ -98,7 +98,7 @@ def test_losses_of_uniform_and_of_collapsed_routing():
 @pytest.mark.parametrize("tier", TIERS)
 @every_dtype
 @every_option
-def test_native_is_the_reference(options, dtype, tier):
+def test_every_tier_is_the_definition(options, dtype, tier):
     logits, keywords = arguments(37, 24, options, dtype=dtype)
     with on_tier(tier):
         check(logits, 3, "native", **keywords)

@@ -67,8 +67,8 @@ def route(logits, selection_bias, expert_mask, top_k, score, renormalize, groups
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + EPS)
     weights = weights.masked_fill(absent, 0.0) * route_scale  # absent: 0 beside NaN too
-    indices = indices.masked_fill(absent, -1).to(torch.int32)
-    counts = torch.bincount(indices[~absent], minlength=logits.shape[1]).to(torch.int32)
+    counts = indices.new_zeros(logits.shape[1]).scatter_add(0, indices.flatten(), (~absent).long().flatten())
+    indices, counts = indices.masked_fill(absent, -1).to(torch.int32), counts.to(torch.int32)
     probabilities, z, entropy = (x.sum(0) / max(logits.shape[0], 1) for x in (p, lse[:, 0].square(), entropy))
     return indices, weights, counts, probabilities, z, entropy
 

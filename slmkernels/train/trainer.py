@@ -2,9 +2,9 @@
 
 A run's folder holds checkpoint.pt, loss.png and metrics.jsonl, one object a line: kind "train" or "valid",
 step, loss in nats, bpb in bits per byte; training lines also lr, grad_norm, tokens_per_s, elapsed seconds.
-The loss is the cross-entropy alone. With experts, training lines also have, a value for each layer with
-experts: tokens_per_expert of the step, router_entropy in nats, load_balance, the loss, 1 where loads are equal;
-and experts.png draws them.
+The loss is the cross-entropy alone. Of a model with experts training lines also have, with a value for each
+layer with some, tokens_per_expert of the step, router_entropy in nats and load_balance, that loss, 1 where
+loads are equal; and experts.png draws them.
 """
 
 import contextlib
@@ -227,11 +227,11 @@ def train(trainer: Trainer, out: Path, stop_at: int | None = None) -> dict[str, 
             trainer.save(path)
     if asked:
         raise Interrupted(f"stopped after step {trainer.step}; saved to {path}, go on with --resume")
-    if reason := plots.loss_curve(metrics, out / "loss.png"):
+    reasons = [plots.loss_curve(metrics, out / "loss.png")]
+    if trainer.model.config.experts:
+        reasons.append(plots.expert_curves(metrics, out / "experts.png"))
+    for reason in filter(None, reasons):
         progress.say(reason)
-    elif trainer.model.config.experts:
-        if reason := plots.expert_curves(metrics, out / "experts.png"):
-            progress.say(reason)
     return valid or trainer.evaluate()
 
 

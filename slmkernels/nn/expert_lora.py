@@ -46,7 +46,7 @@ class ExpertLoRA(nn.Module):
 
     def __init__(self, base: ExpertSet, rank: int, *, scale: float = 1.0):
         super().__init__()
-        expect(isinstance(base, ExpertSet), "base", base, "SparseExperts or DomainExperts", TypeError)
+        expect(isinstance(base, ExpertSet), "base", type(base), "SparseExperts or DomainExperts", TypeError)
         expect(type(rank) is int and rank >= 1, "rank", rank, "an int >= 1")
         self.base, self.scale = base, check_number("scale", scale)
         self._learned = {name for name, p in base.named_parameters() if p.requires_grad}

@@ -31,7 +31,7 @@ def run(m, x, shift=0):
         y, routing = m(x, return_routing=True)
         return y, routing.load_balance_loss(), routing.z_loss()
     documents = torch.where(DOCUMENTS > 2, DOCUMENTS - shift, DOCUMENTS)
-    mixed = torch.tensor([[0.3, 0.4, 0.0, 0.2]] * 6, **KIND)[:, [0, 1, 3] if shift else [0, 1, 2, 3]]
+    mixed = torch.tensor([[0.3, 0.4, 0.5, 0.2]] * 6, **KIND)[:, [0, 1, 3] if shift else [0, 1, 2, 3]]
     return m(x, documents), m(x, mixture=mixed, top_k=2)
 
 

@@ -74,10 +74,10 @@ def route(logits, selection_bias, expert_mask, top_k, score, renormalize, groups
 
 
 def activate(h: Tensor, activation: str, interleaved: bool) -> Tensor:
-    """Pre-activation [R, 2n], or [R, n] of an activation without a gate -> [R, n]."""
+    """Pre-activation [..., 2n], or [..., n] of an activation without a gate -> [..., n]."""
     if activation in PLAIN:
         return PLAIN[activation](h)
-    gate, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
+    gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
     return GATED[activation](gate) * up
 
 

@@ -297,6 +297,19 @@ def test_saved_for_backward_counts_storages_once_without_parameters():
     assert memory.saved_for_backward(run) == 3 * x.numel() * 4  # x and both products
 
 
+def test_what_is_kept_for_the_backward_is_reported():
+    case = without_compilers(BACKWARD)
+    runs = {candidate.name: candidate.prepare(case.inputs(CPU)) for candidate in (case.ours, case.peers[0])}
+    found = result(measured(OURS, 1.0), measured(case.peers[0].name, 2.0), measured("failed"))
+    runner._fill_saved(replace(found, case=case), runs)
+    ours, peer, failed = found.measurements
+    assert min(ours.saved, peer.saved) > 0
+    assert failed.saved is None
+    data = report.to_json(ENVIRONMENT, [found])["results"][0]
+    assert data["candidates"][0]["saved_for_backward_bytes"] == ours.saved
+    assert f"kept for the backward, without parameters: {OURS} {ours.saved / 2**20:.2f}" in printed(data)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_pairs_counts_the_visible_keys(shape):
     small = shape.small()

@@ -134,24 +134,25 @@ SLM_INLINE void dot_tile(const E* m, int64_t row, int64_t K, const typename P::B
     using F = typename P::Acc;
     constexpr int L = kLanes<F>;
     Vec<F> acc[R * M] = {};
-    const auto step = [&](const Vec<typename P::B>(&a)[R], int64_t k) {
+    Vec<typename P::B> a[R], b[M];
+    const auto step = [&] {
 #pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) {
-            const auto b = P::load(x + j * x_row + k);
+        for (int j = 0; j < M; ++j)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[r * M + j] = P::multiply_add(a[r], b, acc[r * M + j]);
-        }
+            for (int r = 0; r < R; ++r) acc[r * M + j] = P::multiply_add(a[r], b[j], acc[r * M + j]);
     };
-    Vec<typename P::B> a[R];
     int64_t k = 0;
     for (; k + L <= K; k += L) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) a[r] = load_steps<P>(m + r * row + k * kPair<P>);
-        step(a, k);
+#pragma GCC unroll 4
+        for (int j = 0; j < M; ++j) b[j] = P::load(x + j * x_row + k);
+        step();
     }
-    if (k < K) {
+    if (k < K) {  // of x too: behind it may stand the next part or row, and 0 x NaN is not 0
         for (int r = 0; r < R; ++r) a[r] = load_steps<P>(m + r * row + k * kPair<P>, K - k);
-        step(a, k);
+        for (int j = 0; j < M; ++j) b[j] = load_steps<P>(x + j * x_row + k, K - k);
+        step();
     }
     F sums[R * M];
     if constexpr (R * M == L) {  // all sums at once: lane i of the sum of all rows
@@ -209,7 +210,7 @@ struct Panels {
     static constexpr int64_t kMostRows = kRowBlock > 2 * kHidden ? kRowBlock : 2 * kHidden;  // of a block
     static int64_t block_size(const Problem& p) {  // in elements of A
         const int64_t K = p.d > p.n ? p.d : p.n, most = K > 2 * kHidden ? K : 2 * kHidden;
-        return round_up(kRowBlock, L) * round_up(most, L) + kSteps * Pair * kMostRows * kSpread;
+        return kMostRows * round_up(most, L) + kSteps * Pair * kMostRows * kSpread;
     }
     static int64_t operand_size(int64_t K) { return kChunk * (K / Pair) + L * L; }  // in elements of B
     static constexpr int64_t kResults = kChunk * kMostRows;  // of a block: in elements of F

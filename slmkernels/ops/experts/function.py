@@ -268,6 +268,6 @@ def fake_backward(
     return like(x, need_x), dweights, *matrices
 
 
-if native.HAS_CPU:
-    torch.library.register_fake("slmkernels::expert_mlp_forward", fake_forward)
-    torch.library.register_fake("slmkernels::expert_mlp_backward", fake_backward)
+for _prefix in ["", "triton_"] if native.HAS_CPU else ["triton_"]:
+    torch.library.register_fake(f"slmkernels::{_prefix}expert_mlp_forward", fake_forward)
+    torch.library.register_fake(f"slmkernels::{_prefix}expert_mlp_backward", fake_backward)

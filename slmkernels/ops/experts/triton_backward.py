@@ -9,10 +9,10 @@ Maths (letters of triton_forward.py), dA' = w_down[e]^T dO_t, the gradient of a 
 
 Split, one launch each, after the forward's sort: `dh_kernel`, a program per (tile, block of n): gathers dO,
 makes a and act' from h, stores dh, weights a, and its part of dweights; `dweights_kernel` adds the parts;
-`rows_kernel` and `combine_kernel` of the forward, to dx; `matrix_kernel` twice, a program per (expert, tile of
-its matrix) that walks over all of the expert's rows: each sum is one program's, in the order of tokens, and
-an expert without rows gets zeros. Segments are sorted by expert for the last two, whose rows are then those
-of one segment after the other.
+`rows_kernel` and `combine_kernel` of the forward, to dx; `matrix_kernel` twice, a program per (expert, tile
+of its matrix) that walks over all of the expert's rows: each sum is one program's, in the order of tokens,
+and an expert without rows gets zeros. Segments are sorted by expert for the last two, whose rows are then
+those of one segment after the other.
 
 dA' and all sums are float32; dh and weights a are rounded to the inputs' dtype once. Known and left: an
 expert with most of the rows keeps few programs busy for long. Splitting its rows needs sums of parts.
@@ -21,33 +21,48 @@ expert with most of the rows keeps few programs busy for long. Splitting its row
 import triton
 import triton.language as tl
 
-from .triton_forward import activate, gather, matrix_row, rows_times, store_columns, tile_rows
+from .triton_forward import (
+    activate,
+    columns_of_h,
+    gate_and_up,
+    gather,
+    rows_times,
+    store_columns,
+    tile_rows,
+    together,
+)
 
 
 @triton.jit(do_not_specialize=["ranges", "E", "slots"])
 def dh_kernel(
     do, w, h, weights, dh, a, parts, order, offsets, experts, ranges, E, slots, do_t, w_e, w_d, w_n,
-    D: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dh and weights a of one tile of rows, BLOCK_N of its n columns; parts [blocks, slots] of dweights.
     What is None is not wanted."""
     GATED: tl.constexpr = ACTIVATION < 3
     H: tl.constexpr = 2 * N if GATED else N
-    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * BLOCK_N
     e, present, row, inside, slot, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
     if tl.sum((inside & present).to(tl.int32)) == 0:
         return
+    c = column + tl.arange(0, BLOCK_N)
+    w += e * w_e
     da = rows_times(
-        do, token * do_t, inside, D, w + e * w_e, w_d, w_n, column, D, N, N, False, BLOCK_M, BLOCK_N, BLOCK_K
+        do, token * do_t, inside, D, w, w_d, c.to(tl.int64) * w_n, c < N, D, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    value, slope = activate(gather(h, row * H, inside, column, 1, N, BLOCK_N).to(tl.float32), ACTIVATION)
-    dvalue = value
+    c, real = columns_of_h(column, N, GATED, INTERLEAVED, BLOCK_N)
+    at, mask = row[:, None] * H + c[None, :], inside[:, None] & real[None, :]
+    h_tile = tl.load(h + at, mask=mask, other=0.0)
     if GATED:
-        up = gather(h, row * H + N, inside, column, 1, N, BLOCK_N).to(tl.float32)
-        value, slope = value * up, slope * up
+        gate, up = gate_and_up(h_tile, INTERLEAVED, BLOCK_M, BLOCK_N)
+        gated, slope = activate(gate.to(tl.float32), ACTIVATION)
+        value, slope = gated * up, slope * up
+    else:
+        value, slope = activate(h_tile.to(tl.float32), ACTIVATION)
     if weights is not None:
         tl.store(parts + block.to(tl.int64) * slots + slot, tl.sum(da * value, 1), mask=inside)
         weight = tl.load(weights + slot, mask=inside, other=0.0)[:, None]
@@ -55,9 +70,10 @@ def dh_kernel(
     if a is not None:
         store_columns(a, row * N, inside, column, value, N, BLOCK_N)
     if dh is not None:
-        store_columns(dh, row * H, inside, column, da * slope, N, BLOCK_N)
+        dh_tile = da * slope
         if GATED:
-            store_columns(dh, row * H + N, inside, column, da * dvalue, N, BLOCK_N)
+            dh_tile = together(dh_tile, da * gated, INTERLEAVED, BLOCK_M, BLOCK_N)
+        tl.store(dh + at, dh_tile.to(dh.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["slots", "blocks", "E"])
@@ -83,7 +99,7 @@ def dweights_kernel(
 @triton.jit(do_not_specialize=["E"])
 def matrix_kernel(
     left, right, weights, out, left_sum, right_sum, order, offsets, cu, right_t, out_e, out_p, out_q,
-    P: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, INTERLEAVED: tl.constexpr, TOP_K: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of an expert's [P, Q], sum over its rows of left^T right, right gathered by token; and the
@@ -121,10 +137,9 @@ def matrix_kernel(
                     scaled *= tl.load(weights + slot, mask=inside, other=0.0)[:, None]
                 sum_q += tl.sum(scaled, 0)
     p, q = p0 + tl.arange(0, BLOCK_P), q0 + tl.arange(0, BLOCK_Q)
-    at = matrix_row(p, N, INTERLEAVED)
-    out += e * out_e + at.to(tl.int64)[:, None] * out_p + q.to(tl.int64)[None, :] * out_q
+    out += e * out_e + p.to(tl.int64)[:, None] * out_p + q.to(tl.int64)[None, :] * out_q
     tl.store(out, acc.to(out.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
     if left_sum is not None:
-        tl.store(left_sum + e * P + at, sum_p.to(left_sum.dtype.element_ty), mask=(p < P) & (q0 == 0))
+        tl.store(left_sum + e * P + p, sum_p.to(left_sum.dtype.element_ty), mask=(p < P) & (q0 == 0))
     if right_sum is not None:
         tl.store(right_sum + e * Q + q, sum_q.to(right_sum.dtype.element_ty), mask=(q < Q) & (p0 == 0))

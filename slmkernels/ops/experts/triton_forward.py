@@ -2,7 +2,8 @@
 
 Maths, slot s = t k + j the assignment of token t to its j-th expert e:
 
-    h_s = w_gate_up[e] x_t + b_gate_up[e]      a_s = act(h_s)      y_t = sum_j weights_s (w_down[e] a_s + b_down[e])
+    h_s = w_gate_up[e] x_t + b_gate_up[e]         a_s = act(h_s)
+    y_t = sum_j weights_s (w_down[e] a_s + b_down[e])
 
 Rows: `sort_kernel` counts and orders the slots by expert, stably, so that an expert's rows are one range, and
 in the order of tokens. Absent experts' slots are in no range. A segment's rows are a range from the start:
@@ -22,8 +23,9 @@ Considered: `rows_kernel` making a from h saves a's n values a row on the way ou
 block of d on the way in. The scattered store of whole rows costs 20 % on Hopper by SonicMoE's figure where
 it is TMA's; these are plain stores, and the combination then reads without an index.
 
-Layout: rows of h are in sorted order (of segments: the tokens'), n gates and then n ups whatever the layout
-of the weights; all matrices have any strides. Slots and rows are int32, whatever multiplies a stride int64.
+Layout: rows of h are in sorted order (of segments: the tokens'), their columns in that of w_gate_up's rows, so
+that only `up_kernel` and `dh_kernel` know of gates and ups: they multiply with both at once and take the tile
+apart. Matrices have any strides. Slots and rows are int32, whatever multiplies a stride int64.
 Rows that are not there are loaded as 0 and never stored: a NaN stays with the tokens of its expert.
 """
 
@@ -97,8 +99,7 @@ def sort_kernel(
 @triton.jit
 def tile_rows(tile, order, offsets, experts, ranges, E, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile -> its expert, whether there is that expert, and of each row its number, whether it is there, its
-    slot and its token. Of segments, whose `experts` are given and `order` is not, the last two are the number.
-    """
+    slot and its token. Of segments (`experts` is given and `order` is not) the last two are the number."""
     n = owner(tile, offsets, 0, ranges, BLOCK_M)
     _, start, length, first = span(n, offsets, 0, BLOCK_M)
     m = (tile - first.to(tl.int32)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -115,12 +116,6 @@ def tile_rows(tile, order, offsets, experts, ranges, E, TOP_K: tl.constexpr, BLO
         slot = tl.load(order + row, mask=inside, other=0).to(tl.int64)
         token = slot // TOP_K
     return e, present, row, inside, slot, token
-
-
-@triton.jit
-def matrix_row(c, N: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Column c of h -> row of w_gate_up."""
-    return c % N * 2 + c // N if INTERLEAVED else c
 
 
 @triton.jit
@@ -145,20 +140,57 @@ def store_columns(base, rows, inside, first, tile, WIDTH: tl.constexpr, BLOCK: t
 
 @triton.jit
 def rows_times(
-    left, rows, inside, limit, right, stride_k, stride_c, column, K: tl.constexpr, WIDTH: tl.constexpr,
-    N: tl.constexpr, INTERLEAVED: tl.constexpr,
+    left, rows, inside, limit, right, stride_k, columns, real, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of left [.., K] times columns `column`.. of right [K, WIDTH]; of the first `limit` of K."""
+    """Rows of left [.., K] times the columns of right [K, ..] at offsets `columns`; the first `limit` of K."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, limit, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        at = matrix_row(k, N, INTERLEAVED).to(tl.int64) * stride_k
         tile = gather(left, rows, inside, k0, 1, K, BLOCK_K)
-        acc = tl.dot(
-            tile, gather(right, at, k < K, column, stride_c, WIDTH, BLOCK_N), acc, input_precision="ieee"
-        )
+        matrix = tl.trans(gather(right, columns, real, k0, stride_k, K, BLOCK_K))
+        acc = tl.dot(tile, matrix, acc, input_precision="ieee")
     return acc
+
+
+# ---- gates and ups -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns_of_h(
+    column, N: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The columns of h, or rows of w_gate_up, that make BLOCK_N columns of a, and which of them exist: with a
+    gate twice as many, in turn or as two halves."""
+    if not GATED:
+        c = column + tl.arange(0, BLOCK_N)
+        real = c < N
+    elif INTERLEAVED:
+        c = 2 * column + tl.arange(0, 2 * BLOCK_N)
+        real = c < 2 * N
+    else:
+        c = tl.arange(0, 2 * BLOCK_N)
+        real = column + c % BLOCK_N < N
+        c = column + c % BLOCK_N + c // BLOCK_N * N
+    return c, real
+
+
+@triton.jit
+def gate_and_up(tile, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Both parts of a tile of h with the columns of `columns_of_h`."""
+    if INTERLEAVED:
+        pairs = tl.reshape(tile, (BLOCK_M, BLOCK_N, 2))
+    else:
+        pairs = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+    return tl.split(pairs)
+
+
+@triton.jit
+def together(gate, up, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The inverse of `gate_and_up`."""
+    pairs = tl.join(gate, up)
+    if not INTERLEAVED:
+        pairs = tl.permute(pairs, (0, 2, 1))
+    return tl.reshape(pairs, (BLOCK_M, 2 * BLOCK_N))
 
 
 # ---- activations -------------------------------------------------------------------------------------------
@@ -194,61 +226,51 @@ def up_kernel(
     """a of one tile of rows, BLOCK_N of its n columns, and h unless that is None."""
     GATED: tl.constexpr = ACTIVATION < 3
     H: tl.constexpr = 2 * N if GATED else N
-    columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
+    BLOCK_H: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
     e, present, row, inside, _, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
     if tl.sum((inside & present).to(tl.int32)) == 0:
         return
-    c = column + tl.arange(0, BLOCK_N)
-    real = c < N
-    rows, w = token * x_t, w + e * w_e
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    gate_row, up_row = matrix_row(c, N, INTERLEAVED), matrix_row(N + c, N, INTERLEAVED)
-    for k0 in range(0, D, BLOCK_K):
-        x_tile = gather(x, rows, inside, k0, 1, D, BLOCK_K)
-        w_tile = gather(w, gate_row.to(tl.int64) * w_r, real, k0, w_c, D, BLOCK_K)
-        gate = tl.dot(x_tile, tl.trans(w_tile), gate, input_precision="ieee")
-        if GATED:
-            w_tile = gather(w, up_row.to(tl.int64) * w_r, real, k0, w_c, D, BLOCK_K)
-            up = tl.dot(x_tile, tl.trans(w_tile), up, input_precision="ieee")
+    c, real = columns_of_h(column, N, GATED, INTERLEAVED, BLOCK_N)
+    columns = c.to(tl.int64) * w_r
+    w += e * w_e
+    acc = rows_times(x, token * x_t, inside, D, w, w_c, columns, real, D, BLOCK_M, BLOCK_H, BLOCK_K)
     if bias is not None:
-        gate += tl.load(bias + e * H + gate_row, mask=real, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + e * H + up_row, mask=real, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + e * H + c, mask=real, other=0.0).to(tl.float32)[None, :]
     if h is not None:
-        store_columns(h, row * H, inside, column, gate, N, BLOCK_N)
-        if GATED:
-            store_columns(h, row * H + N, inside, column, up, N, BLOCK_N)
-    value, _ = activate(gate, ACTIVATION)
+        at = h + row[:, None] * H + c[None, :]
+        tl.store(at, acc.to(h.dtype.element_ty), mask=inside[:, None] & real[None, :])
     if GATED:
+        gate, up = gate_and_up(acc, INTERLEAVED, BLOCK_M, BLOCK_N)
+        value, _ = activate(gate, ACTIVATION)
         value *= up
+    else:
+        value, _ = activate(acc, ACTIVATION)
     store_columns(a, row * N, inside, column, value, N, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["ranges", "E"])
 def rows_kernel(
     left, w, bias, out, order, offsets, experts, ranges, E, w_e, w_k, w_c,
-    K: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, INTERLEAVED: tl.constexpr, TOP_K: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each row of left [.., K] times its expert's matrix [K, WIDTH], plus bias, to the row's slot of `out`;
     0 to the rows of a segment whose expert is absent."""
-    columns: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
+    blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
     e, present, row, inside, slot, _ = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
     if tl.sum(inside.to(tl.int32)) == 0:
         return
     limit = K
     if order is None:
         e, limit = tl.where(present, e, 0), tl.where(present, K, 0)
-    acc = rows_times(
-        left, row * K, inside, limit, w + e * w_e, w_k, w_c, column, K, WIDTH, N, INTERLEAVED,
-        BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    c = column + tl.arange(0, BLOCK_N)
+    real, columns, w = c < WIDTH, c.to(tl.int64) * w_c, w + e * w_e
+    acc = rows_times(left, row * K, inside, limit, w, w_k, columns, real, K, BLOCK_M, BLOCK_N, BLOCK_K)
     if bias is not None:
-        c = column + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias + e * WIDTH + c, mask=(c < WIDTH) & present, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + e * WIDTH + c, mask=real & present, other=0.0).to(tl.float32)[None, :]
     store_columns(out, slot * WIDTH, inside, column, acc, WIDTH, BLOCK_N)
 
 
@@ -258,9 +280,9 @@ def combine_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_t, the sum of token t's slots that are present, times their weights if there are any."""
-    columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
-    column, t = tl.program_id(0) % columns * BLOCK_D, t.to(tl.int64)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    t = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK_D
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for j in range(TOP_K):
         slot = t * TOP_K + j

@@ -54,7 +54,10 @@ def candidates(kind: str, block_m: int, dtype: torch.dtype) -> list[tuple[int, .
         return [(32, 64, 16, 4, 2)] if exact else [(64, 128, 64, 4, 3), (128, 128, 64, 8, 3)]
     if exact:  # products without tensor cores
         block_m = min(block_m, 64)
-        return [(block_m, 32, 16, 4, 2)] if kind == "up" else [(block_m, 64, 16, 4, 2)]
+        warps = 8 if (kind, block_m) == ("dh", 64) else 4
+        return [(block_m, 64 if kind == "rows" else 32, 16, warps, 2)]
+    if kind == "dh":  # whose activation and its slope take the registers
+        return [(min(block_m, 64), 64, 64, 8 if block_m >= 64 else 4, 3)]
     if kind == "up":
         return [(block_m, 64, 64, warps, 3), (block_m, 128, 32, 8, 3)]
     return [(block_m, 128, 64, warps, 3), (block_m, 128, 32, warps, 4)]
@@ -71,15 +74,15 @@ def config(kind: str, *choice) -> dict[str, int]:
 
 
 def sort_config(E: int) -> dict[str, int]:
-    """Of the sort: blocks of 2^14 pairs (slot, expert)."""
+    """Of the sort: blocks of 2^14 pairs (slot, expert) at most."""
     pad = triton.next_power_of_2(E)
-    return {"E_PAD": pad, "BLOCK": max(16, 2**14 // pad), "num_warps": 8, "num_stages": 1}
+    return {"E_PAD": pad, "BLOCK": min(1024, max(16, 2**14 // pad)), "num_warps": 8, "num_stages": 1}
 
 
 def route_config(E: int, groups: int) -> dict[str, int]:
-    """Of both routing kernels: blocks of 2^12 logits, padded."""
+    """Of both routing kernels: blocks of 2^11 logits, padded."""
     pads = {"G_PAD": triton.next_power_of_2(groups), "PAD": triton.next_power_of_2(E // groups)}
-    return pads | {"ROWS": max(1, 2**12 // (pads["G_PAD"] * pads["PAD"])), "num_warps": 4, "num_stages": 1}
+    return pads | {"ROWS": max(1, 2**11 // (pads["G_PAD"] * pads["PAD"])), "num_warps": 4, "num_stages": 1}
 
 
 # ---- routing -----------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ class _Call:
         self.x, self.T, self.activation = x, x.shape[0], activation
         self.indices, self.cu = dense(indices, cu_seqlens)
         (self.E, self.D, self.N), self.H = w_down.shape, w_gate_up.shape[1]
-        self.packed, self.interleaved = self.cu is not None, interleaved and self.H == 2 * self.N
+        self.packed, self.interleaved = self.cu is not None, interleaved
         self.top_k = 1 if self.packed else indices.shape[1]
         self.rows = self.T * self.top_k
         self.ranges = indices.shape[0] if self.packed else self.E
@@ -210,7 +213,7 @@ class _Call:
         """Rows of left through w_down; or with `back` those of dh back through w_gate_up. -> [T, d]"""
         out = left.new_empty(self.T if self.packed else self.rows, self.D)
         strides = w.stride() if back else (w.stride(0), w.stride(2), w.stride(1))
-        flags = {"K": self.H if back else self.N, "WIDTH": self.D, "INTERLEAVED": self.interleaved and back}
+        flags = {"K": self.H if back else self.N, "WIDTH": self.D}
         args = [left, w, bias, out, *ranged, *strides]
         self.launch(triton_forward.rows_kernel, "rows", self.D, args, **flags)
         if self.packed:
@@ -276,7 +279,7 @@ def mlp_backward(
     call.launch(kernel, "matrix", call.H, args, P=call.H, Q=call.D)
     out_e, out_d, out_n = down.stride()
     args = [a, do, weights, down, None, b_down, *ranges, do.stride(0), out_e, out_n, out_d]
-    call.launch(kernel, "matrix", call.N, args, P=call.N, Q=call.D, INTERLEAVED=False)
+    call.launch(kernel, "matrix", call.N, args, P=call.N, Q=call.D)
     return dx, dweights, up, down, *(x.new_empty(0) if b is None else b for b in (b_up, b_down))
 
 
@@ -288,8 +291,8 @@ _MLP = (
 )
 _OPERATORS = {
     "route_forward": (
-        "(Tensor logits, Tensor? selection_bias, Tensor? expert_mask, int top_k, int score, bool renormalize, "
-        "int num_groups, int top_groups, float route_scale) "
+        "(Tensor logits, Tensor? selection_bias, Tensor? expert_mask, int top_k, int score, "
+        "bool renormalize, int num_groups, int top_groups, float route_scale) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         route_forward,
     ),

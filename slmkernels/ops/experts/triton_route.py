@@ -126,13 +126,14 @@ def route_kernel(
     sums += block.to(tl.int64) * (E + 2)
     tl.store(sums + e, tl.sum(p, 0), mask=real)
     tl.store(sums + E, tl.sum(row_lse * row_lse))
-    tl.store(sums + E + 1, -tl.sum(p * tl.log(tl.where(p == 0, 1.0, p))))
+    p = tl.where(p > 0, p, 1.0)  # adds nothing to the entropy
+    tl.store(sums + E + 1, -tl.sum(p * tl.log(p)))
     tl.store(counts + block.to(tl.int64) * E + e, tl.sum(picked, 0), mask=real)
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def finish_kernel(
-    sums, counts, total, probabilities, z, entropy, T, blocks,
+    sums, part_counts, counts, probabilities, z, entropy, T, blocks,
     E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sums over all blocks: counts, and the means over tokens."""
@@ -143,9 +144,9 @@ def finish_kernel(
         b = first + tl.arange(0, ROWS)
         row, inside = b.to(tl.int64)[:, None], (b < blocks)[:, None]
         acc += tl.sum(tl.load(sums + row * (E + 2) + c, mask=inside & (c < E + 2)[None, :], other=0.0), 0)
-        count += tl.sum(tl.load(counts + row * E + c, mask=inside & (c < E)[None, :], other=0), 0)
+        count += tl.sum(tl.load(part_counts + row * E + c, mask=inside & (c < E)[None, :], other=0), 0)
     acc /= tl.maximum(T, 1).to(tl.float32)
-    tl.store(total + c, count, mask=c < E)
+    tl.store(counts + c, count, mask=c < E)
     tl.store(probabilities + c, acc, mask=c < E)
     tl.store(z + c * 0, acc, mask=c == E)
     tl.store(entropy + c * 0, acc, mask=c == E + 1)

@@ -22,65 +22,18 @@ using slm::Band;
 using slm::Range;
 using slm::Run;
 
-template <typename F>
-constexpr int kBlock = kTileVectors * kLanes<F>;
-
 // Scores go through the softmax as they come out of the product, times c at the end: a row's largest
 // score then has probability exp2(0), exactly 1. Where that would turn -inf around (scale <= 0) or lose
 // the sink (scale near 0), or more than a factor is needed (softcap), the first pass rewrites them and c
 // is 1.
 inline bool rewrites(double scale, double softcap) { return softcap > 0 || !(scale > 1e-6); }
 
-// Rows [rows][D] as the B operand of P with the rows as k: out[rows / kPair][width]. Missing rows of
-// the last block of lanes are zeros.
-template <typename P, typename E>
-SLM_INLINE void pack_rows(const E* x, int64_t stride, int64_t rows, int64_t D, int64_t width,
-                          typename P::B* out) {
-    using F = typename P::Acc;
-    if constexpr (kPair<P> == 1) {
-        for (int64_t i = 0; i < rows; ++i) widen_row<F>(x + i * stride, out + i * width, D);
-    } else {
-        constexpr int L = kLanes<F>;
-        for (int64_t i = 0; i < rows; i += 2) {
-            const E *even = x + i * stride, *odd = even + stride;
-            const bool paired = i + 1 < rows;
-            uint32_t* to = out + i / 2 * width;
-            int64_t d = 0;
-            for (; d + L <= D; d += L) {
-                const Vec<uint32_t> low = load_words(even + d);
-                storeu<uint32_t>(to + d, paired ? low | load_words(odd + d) << 16 : low);
-            }
-            for (; d < D; ++d) to[d] = even[d].bits | (paired ? uint32_t(odd[d].bits) << 16 : 0u);
-            for (; d < width; ++d) to[d] = 0;
-        }
-    }
-}
-
-// Transposes x^T [D][kBlock] back into `rows` rows, each lane times factor[lane] if given; adds to what
-// is there if Add.
+// Transposes x^T [D][kBlock] back into `rows` rows `stride` apart, as pack.h says.
 template <typename P, bool Add, typename E>
 SLM_INLINE void unpack_transposed(const typename P::Acc* x, const typename P::Acc* factor, int64_t rows,
                                   int64_t D, E* out, int64_t stride) {
     using F = typename P::Acc;
-    constexpr int L = kLanes<F>, W = kBlock<F>;
-    for (int64_t v = 0; v * L < rows; ++v)
-        for (int64_t d = 0; d < D; d += L) {
-            Vec<F> square[L];
-            const Vec<F> times = factor ? loadu<F>(factor + v * L) : splat<F>(F(1));
-            for (int l = 0; l < L; ++l)
-                square[l] = d + l < D ? loadu<F>(x + (d + l) * W + v * L) * times : Vec<F>{};
-            transpose<F>(square);
-            for (int l = 0; l < L && v * L + l < rows; ++l) {
-                E* to = out + (v * L + l) * stride + d;
-                if (d + L <= D) {
-                    if constexpr (Add) square[l] += load<F>(to);
-                    P::store(to, square[l]);
-                } else {
-                    for (int64_t e = 0; e < D - d; ++e)
-                        narrow(square[l][e] + (Add ? widen<F>(to[e]) : F(0)), to + e);
-                }
-            }
-        }
+    unpack_transposed<P, Add>(x, kBlock<F>, factor, rows, D, [=](int64_t i) { return out + i * stride; });
 }
 
 // Product of two rows.
@@ -126,16 +79,5 @@ SLM_INLINE const F* widened(const E* x, int64_t& stride, int64_t rows, int64_t D
         return buffer;
     }
 }
-
-#if SLM_BYTES == 64
-// Two rows of float lanes as bfloat16 pairs side by side: lane l holds (even[l], odd[l]).
-SLM_INLINE Vec<uint32_t> pair_lanes(Vec<float> even, Vec<float> odd) {
-    typedef uint16_t Words __attribute__((vector_size(64)));
-    Words order;
-    for (int l = 0; l < 16; ++l) order[2 * l] = uint16_t(l), order[2 * l + 1] = uint16_t(l + 16);
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    return (Vec<uint32_t>)_mm512_permutexvar_epi16((__m512i)order, both);
-}
-#endif
 
 }  // namespace

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = SLM_BYTES == 64 ? 4 : 2;
+template <typename F>
+constexpr int kBlock = kTileVectors * kLanes<F>;  // columns of a tile
 
 // A policy multiplies, and stores results with the fastest conversion its CPU has. Plain multiply-add in F:
 template <typename F>

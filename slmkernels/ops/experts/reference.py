@@ -6,6 +6,8 @@ Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch
 al. 2022 (ST-MoE: z-loss), DeepSeek-V3 2024 section 2.1.2 (sigmoid scores, selection bias, groups).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,60 +16,61 @@ SCORES = ("softmax", "sigmoid", "softmax_after_topk")
 EPS = 1e-20  # beside the sum of sigmoid scores, as in DeepSeek-V3
 
 # Of a pre-activation h, or of its gate and its up half.
-GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-PLAIN = {
-    "relu2": lambda x: F.relu(x).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+gelu_tanh = partial(F.gelu, approximate="tanh")
+GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh}
+PLAIN = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 ACTIVATIONS = (*GATED, *PLAIN)  # operators know an activation by its number here
 
 
+def ranked(choice: Tensor, allowed: Tensor) -> Tensor:
+    """For comparisons: NaN is the greatest of all, -inf what is not allowed."""
+    return choice.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(~allowed, -torch.inf)
+
+
 def in_best_groups(choice: Tensor, groups: int, top: int) -> Tensor:
-    """choice [T, E], -inf outside the `top` groups whose two best choices sum highest."""
+    """choice [T, E] -> bool [T, E], the experts of the `top` groups whose two best choices sum highest."""
     grouped = choice.unflatten(1, (groups, -1))  # [T, groups, E / groups]
     best = grouped.topk(min(2, grouped.shape[2]), dim=2).values
     second = best[..., 1:]
     value = best[..., 0] + second.masked_fill(second == -torch.inf, 0.0).sum(-1)  # [T, groups]
     chosen = value.argsort(dim=1, descending=True, stable=True)[:, :top]  # ties: the lower index
     kept = torch.zeros_like(value, dtype=torch.bool).scatter(1, chosen, True)
-    return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    return kept[..., None].expand_as(grouped).flatten(1)
 
 
-def route(
-    logits, selection_bias, expert_mask, top_k, score, renormalize, num_groups, top_groups, route_scale
-):
+def route(logits, selection_bias, expert_mask, top_k, score, renormalize, groups, top, route_scale):
     """logits [T, E] -> indices [T, k], weights [T, k], counts [E], mean probability [E], mean squared
     logsumexp, mean entropy of the probabilities."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if expert_mask is not None:
-        x = x.masked_fill(~expert_mask, -torch.inf)
-    allowed = x != -torch.inf  # NaN is
+    allowed = logits != -torch.inf if expert_mask is None else expert_mask & (logits != -torch.inf)  # NaN is
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~allowed, -torch.inf)
     none = ~allowed.any(1, keepdim=True)  # a token without experts has all -inf: keep NaN out of it
     lse = x.masked_fill(none, 0.0).logsumexp(1, keepdim=True).masked_fill(none, 0.0)  # [T, 1]
     soft, sigmoid = (x - lse).exp(), x.sigmoid()
     s = {"softmax": soft, "sigmoid": sigmoid, "softmax_after_topk": x}[score]
     p = sigmoid / (sigmoid.sum(1, keepdim=True) + EPS) if score == "sigmoid" else soft  # [T, E]
     with torch.no_grad():
-        choice = s if selection_bias is None else s + selection_bias
-        choice = choice.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(~allowed, -torch.inf)
-        if num_groups > 1:
-            choice = in_best_groups(choice, num_groups, top_groups)
-        values, indices = choice.sort(dim=1, descending=True, stable=True)  # ties: the lower index
-        values, indices = values[:, :top_k], indices[:, :top_k]
+        entropy = torch.special.entr(p).sum(1)
+        kept, choice = allowed, s if selection_bias is None else s + selection_bias
+        if groups > 1:
+            kept = allowed & in_best_groups(ranked(choice, allowed), groups, top)
+        if selection_bias is None:
+            choice = x  # the order of the scores, without the ties that rounding makes
+        order = ranked(choice, kept).sort(dim=1, descending=True, stable=True)  # ties: the lower index
+        values, indices = (part[:, :top_k] for part in order)
         absent = values == -torch.inf
     if score != "sigmoid" and (renormalize or score == "softmax_after_topk"):
         chosen = x.gather(1, indices).masked_fill(absent, -torch.inf)
-        weights = (chosen - chosen.masked_fill(none, 0.0).logsumexp(1, keepdim=True)).exp()
+        total = chosen.masked_fill(absent.all(1, keepdim=True), 0.0).logsumexp(1, keepdim=True)
+        weights = (chosen - total).exp()
     else:
         weights = s.gather(1, indices).masked_fill(absent, 0.0)
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + EPS)
+    weights = weights.masked_fill(absent, 0.0) * route_scale  # absent: 0 beside NaN too
     indices = indices.masked_fill(absent, -1).to(torch.int32)
     counts = torch.bincount(indices[~absent], minlength=logits.shape[1]).to(torch.int32)
-    entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(1)
-    n = max(logits.shape[0], 1)
-    return indices, weights * route_scale, counts, p.sum(0) / n, lse.square().sum() / n, entropy.sum() / n
+    probabilities, z, entropy = (x.sum(0) / max(logits.shape[0], 1) for x in (p, lse[:, 0].square(), entropy))
+    return indices, weights, counts, probabilities, z, entropy
 
 
 def activate(h: Tensor, activation: str, interleaved: bool) -> Tensor:
@@ -93,6 +96,5 @@ def expert_mlp(x, indices, weights, w_gate_up, w_down, b_gate_up, b_down, activa
 
 def segment_mlp(x, cu_seqlens, experts, *matrices):
     """All tokens of a segment to its expert: one expert a token, of weight 1. -> y [T, d]."""
-    lengths = cu_seqlens.diff().long()
-    indices = torch.repeat_interleave(experts, lengths, output_size=x.shape[0])
+    indices = torch.repeat_interleave(experts, cu_seqlens.diff().long(), output_size=x.shape[0])
     return expert_mlp(x, indices[:, None], None, *matrices)

@@ -93,3 +93,104 @@ def compile_kernel(
         return "*fp32" if name in REAL or routing else f"*{NAMES[dtype]}"
 
     return compile_source(kernel, arch, constants, type_of, LENGTHS | {"scale"}, options)
+
+
+def check(kind: str, arch: int, limit: int = 80, **options) -> dict:
+    """Compile and hold the result to the limits: bytes a thread spills, shared memory that there is."""
+    result = compile_kernel(kind, arch, **options)
+    shown = {name: result[name] for name in ("shared", "registers", "spills")}
+    assert result["spills"] <= limit, shown
+    assert result["shared"] <= SHARED_LIMIT[arch], shown
+    return result
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_default_tiles(kind, arch):
+    ptx = check(kind, arch, 0)["asm"]["ptx"]
+    if kind in PRODUCTS:  # the matrix instructions of each generation, and loads that run ahead
+        assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
+        assert "cp.async" in ptx
+    assert "atom." not in ptx
+    assert "red." not in ptx.replace("shared.", "").replace("pred.", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("route", {"E": 256, "groups": 8, "score": 1, "masked": True}),
+        ("route", {"E": 60, "score": 2, "dtype": torch.float32}),
+        ("route-backward", {"score": 1, "masked": True}),
+        ("route-backward", {"E": 60, "renormalize": False}),
+        ("sort", {"E": 3}),
+        ("sort", {"E": 1000}),
+        ("up", {"interleaved": True}),
+        ("up", {"interleaved": True, "transposed": True}),
+        ("up", {"segments": True, "activation": 3, "bias": False}),
+        ("up", {"dtype": torch.float32}),
+        ("up", {"D": 500, "N": 200, "activation": 1, "block_m": 128}),
+        ("rows", {"down": False}),
+        ("rows", {"down": False, "transposed": True}),
+        ("rows", {"segments": True, "transposed": True}),
+        ("rows", {"dtype": torch.float32}),
+        ("dh", {"interleaved": True, "activation": 2}),
+        ("dh", {"segments": True, "activation": 4, "transposed": True}),
+        ("dh", {"dtype": torch.float32, "activation": 1}),
+        ("dh", {"dtype": torch.float32, "D": 20, "N": 13}),
+        ("matrix", {"down": False}),
+        ("matrix", {"segments": True}),
+        ("matrix", {"dtype": torch.float32}),
+        ("matrix", {"D": 500, "N": 200, "bias": False}),
+    ],
+    ids=str,
+)
+def test_variants(kind, options):
+    check(kind, 90, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"interleaved": True, "transposed": True}, {"activation": 4, "down": False}, {"D": 100, "N": 36}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_every_tile(kind, options, dtype, block_m, arch):
+    check(kind, arch, dtype=dtype, block_m=block_m, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 89, 120])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_small_shared_memory(kind, block_m, arch):
+    check(kind, arch, block_m=block_m)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_lengths_do_not_specialize(kind):
+    """One compiled kernel serves every length: no value of one may select another."""
+    kernel = KERNELS[kind]
+    fixed = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    assert fixed == LENGTHS & (set(kernel.arg_names) - constants)
+
+
+def test_candidates():
+    """Few tiles to measure for any choice, none twice; those of "dh" leave equally many parts."""
+    for kind in PRODUCTS:
+        for dtype in NAMES:
+            for block_m in (16, 32, 64, 128):
+                tiles = tk.candidates(kind, block_m, dtype)
+                assert 1 <= len(tiles) == len(set(tiles)) <= 8
+                assert kind != "dh" or len({tile[1] for tile in tiles}) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranges", "block"), [(0, 1, 16), (512, 128, 16), (4096, 64, 32), (2**17, 64, 128)]
+)
+def test_tiles_are_as_long_as_an_experts_rows_let_them(rows, ranges, block):
+    assert tk.row_block(rows, ranges) == block

@@ -23,9 +23,9 @@ Considered: `rows_kernel` making a from h saves a's n values a row on the way ou
 block of d on the way in. The scattered store of whole rows costs 20 % on Hopper by SonicMoE's figure where
 it is TMA's; these are plain stores, and the combination then reads without an index.
 
-Layout: rows of h are in sorted order (of segments: the tokens'), their columns in that of w_gate_up's rows, so
-that only `up_kernel` and `dh_kernel` know of gates and ups: they multiply with both at once and take the tile
-apart. Matrices have any strides. Slots and rows are int32, whatever multiplies a stride int64.
+Layout: rows of h are in sorted order (of segments: the tokens'), columns in the order of w_gate_up's rows, so
+that only `up_kernel` and `dh_kernel` know of gates and ups: they take a tile of both apart. Matrices have any
+strides. Slots and rows are int32, whatever multiplies a stride int64.
 Rows that are not there are loaded as 0 and never stored: a NaN stays with the tokens of its expert.
 """
 
@@ -143,7 +143,7 @@ def rows_times(
     left, rows, inside, limit, right, stride_k, columns, real, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of left [.., K] times the columns of right [K, ..] at offsets `columns`; the first `limit` of K."""
+    """Rows of left [.., K] times the columns of right at offsets `columns`; the first `limit` of K."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, limit, BLOCK_K):
         tile = gather(left, rows, inside, k0, 1, K, BLOCK_K)

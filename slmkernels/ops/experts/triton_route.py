@@ -1,7 +1,7 @@
 """Routing in Triton: scores to experts, their weights and statistics, forward and backward.
 
-Maths: that of `reference.route`, row by row and in float32, in the same order of operations, so that equal
-scores stay equal and ties fall alike. One row's gradients in closed form, s the softmax over the row, g the
+Maths: that of `reference.route`, row by row and in float32; without a bias the logits themselves choose, so
+that no rounding decides a tie. One row's gradients in closed form, s the softmax over the row, g the
 gradient of a weight (times the scale), u that of the mean probabilities over T, w the weights without scale:
 
     weights of chosen logits or renormalised softmax    dx_j = w_j (g_j - sum w g)
@@ -47,20 +47,27 @@ def logsumexp(x):
 
 
 @triton.jit
+def ranked(choice, kept):
+    """Numbers to compare: NaN is the greatest, what is not kept the least."""
+    return tl.where(kept, tl.where(choice == choice, choice, float("inf")), float("-inf"))
+
+
+@triton.jit
 def best_groups(choice, TOP_GROUPS: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, PAD: tl.constexpr):
-    """choice [ROWS, G_PAD PAD], -inf outside the groups whose two best choices sum highest."""
+    """choice [ROWS, G_PAD PAD] -> is this expert in the groups whose two best choices sum highest?"""
     grouped = tl.reshape(choice, (ROWS, G_PAD, PAD))
     best, first = tl.max(grouped, 2), tl.argmax(grouped, 2)
     others = tl.where(tl.arange(0, PAD)[None, None, :] == first[:, :, None], float("-inf"), grouped)
     second = tl.max(others, 2)
     value = best + tl.where(second == float("-inf"), 0.0, second)
     group = tl.arange(0, G_PAD)[None, :]
-    kept = group < tl.zeros([ROWS, 1], tl.int32)
+    kept = tl.zeros([ROWS, G_PAD], tl.int32)
     for _ in range(TOP_GROUPS):
         chosen = group == tl.argmax(value, 1)[:, None]
-        kept = kept | chosen
+        kept = tl.where(chosen, 1, kept)
         value = tl.where(chosen, float("-inf"), value)  # what is -inf already has nothing to offer
-    return tl.reshape(tl.where(kept[:, :, None], grouped, float("-inf")), (ROWS, G_PAD * PAD))
+    kept = tl.broadcast_to(kept[:, :, None], (ROWS, G_PAD, PAD))
+    return tl.reshape(kept, (ROWS, G_PAD * PAD)) != 0
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -87,13 +94,14 @@ def route_kernel(
         p = s / (tl.sum(s, 1) + EPS)[:, None]
     else:
         s = x
-    choice = s
+    kept, choice = allowed, s
     if bias is not None:
         choice += tl.load(bias + e, mask=real, other=0.0)[None, :]
-    choice = tl.where(choice != choice, float("inf"), choice)  # NaN is the greatest
-    choice = tl.where(allowed, choice, float("-inf"))
     if GROUPS > 1:
-        choice = best_groups(choice, TOP_GROUPS, ROWS, G_PAD, PAD)
+        kept = kept & best_groups(ranked(choice, allowed), TOP_GROUPS, ROWS, G_PAD, PAD)
+    if bias is None:
+        choice = x  # the order of the scores, without the ties that rounding makes
+    choice = ranked(choice, kept)
 
     # ---- the best, one after the other
     logit: tl.constexpr = SCORE == 2 or (SCORE == 0 and RENORMALIZE)  # weights are a softmax of the chosen
@@ -126,7 +134,7 @@ def route_kernel(
     sums += block.to(tl.int64) * (E + 2)
     tl.store(sums + e, tl.sum(p, 0), mask=real)
     tl.store(sums + E, tl.sum(row_lse * row_lse))
-    p = tl.where(p > 0, p, 1.0)  # adds nothing to the entropy
+    p = tl.where(p == 0, 1.0, p)  # adds nothing to the entropy
     tl.store(sums + E + 1, -tl.sum(p * tl.log(p)))
     tl.store(counts + block.to(tl.int64) * E + e, tl.sum(picked, 0), mask=real)
 

@@ -46,8 +46,8 @@ def dh_kernel(
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * BLOCK_N
-    e, present, row, inside, slot, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
-    if tl.sum((inside & present).to(tl.int32)) == 0:
+    e, surplus, row, inside, slot, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
+    if surplus | (e < 0):
         return
     c = column + tl.arange(0, BLOCK_N)
     w += e * w_e

@@ -14,10 +14,10 @@ device, and surplus tiles return at once. So the host never waits, and CUDA grap
 Split, one launch each: `count_kernel` where one program is too few; `sort_kernel`; `up_kernel`, a program per
 (tile, block of n): gathers x while it multiplies, gate and up from one tile of x, stores a and, for the
 backward, h; `rows_kernel`, per (tile, block of d): the rows of a times w_down, each to its slot;
-`combine_kernel`: the weighted sum of a token's k slots, in float32 and in their order. Of segments only the
-second to last two are left: `up_kernel` and `rows_kernel`, straight to y. The backward runs `rows_kernel` and
-`combine_kernel` again, for dx. Programs that follow one another share a tile's rows and walk over the
-columns: the weights of one expert fit the L2 cache.
+`combine_kernel`: the weighted sum of a token's k slots, in float32 and in their order. Segments need the two
+products only, the second straight to y. The backward runs `rows_kernel` and `combine_kernel` again, for dx.
+Programs that follow one another share a tile's rows and walk over the columns: the weights of one expert fit
+the L2 cache.
 
 Considered: `rows_kernel` making a from h saves a's n values a row on the way out, and reads 2n for every
 block of d on the way in. The scattered store of whole rows costs 20 % on Hopper by SonicMoE's figure where
@@ -25,8 +25,8 @@ it is TMA's; these are plain stores, and the combination then reads without an i
 
 Layout: rows of h are in sorted order (of segments: the tokens'), columns in the order of w_gate_up's rows, so
 that only `up_kernel` and `dh_kernel` know of gates and ups: they take a tile of both apart. Matrices have any
-strides. Slots and rows are int32, whatever multiplies a stride int64.
-Rows that are not there are loaded as 0 and never stored: a NaN stays with the tokens of its expert.
+strides. Slots and rows are int32, whatever multiplies a stride int64. Rows that are not there are
+loaded as 0 and never stored: a NaN stays with the tokens of its expert.
 """
 
 import triton
@@ -98,24 +98,25 @@ def sort_kernel(
 
 @triton.jit
 def tile_rows(tile, order, offsets, experts, ranges, E, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Tile -> its expert, whether there is that expert, and of each row its number, whether it is there, its
-    slot and its token. Of segments (`experts` is given and `order` is not) the last two are the number."""
+    """Tile -> its expert, -1 if that is absent; whether the tile is surplus; and of each row its number,
+    whether it is there, its slot and its token. Of segments (`experts` is given and `order` is not) the last
+    two are the number."""
     n = owner(tile, offsets, 0, ranges, BLOCK_M)
     _, start, length, first = span(n, offsets, 0, BLOCK_M)
-    m = (tile - first.to(tl.int32)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (tile - first.to(tl.int32)) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     inside = m < length
     row = start + m
     if order is None:
         e = tl.load(experts + n).to(tl.int64)
-        present = (e >= 0) & (e < E)
+        e = tl.where(e < E, e, -1)
         slot = row
         token = row
     else:
         e = n.to(tl.int64)
-        present = length >= 0
         slot = tl.load(order + row, mask=inside, other=0).to(tl.int64)
         token = slot // TOP_K
-    return e, present, row, inside, slot, token
+    return e, m0 >= length, row, inside, slot, token
 
 
 @triton.jit
@@ -229,8 +230,8 @@ def up_kernel(
     BLOCK_H: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
-    e, present, row, inside, _, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
-    if tl.sum((inside & present).to(tl.int32)) == 0:
+    e, surplus, row, inside, _, token = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
+    if surplus | (e < 0):
         return
     c, real = columns_of_h(column, N, GATED, INTERLEAVED, BLOCK_N)
     columns = c.to(tl.int64) * w_r
@@ -260,17 +261,17 @@ def rows_kernel(
     0 to the rows of a segment whose expert is absent."""
     blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     tile, column = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
-    e, present, row, inside, slot, _ = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
-    if tl.sum(inside.to(tl.int32)) == 0:
+    e, surplus, row, inside, slot, _ = tile_rows(tile, order, offsets, experts, ranges, E, TOP_K, BLOCK_M)
+    if surplus:
         return
     limit = K
     if order is None:
-        e, limit = tl.where(present, e, 0), tl.where(present, K, 0)
+        limit = tl.where(e < 0, 0, K)
     c = column + tl.arange(0, BLOCK_N)
     real, columns, w = c < WIDTH, c.to(tl.int64) * w_c, w + e * w_e
     acc = rows_times(left, row * K, inside, limit, w, w_k, columns, real, K, BLOCK_M, BLOCK_N, BLOCK_K)
     if bias is not None:
-        acc += tl.load(bias + e * WIDTH + c, mask=real & present, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + e * WIDTH + c, mask=real & (e >= 0), other=0.0).to(tl.float32)[None, :]
     store_columns(out, slot * WIDTH, inside, column, acc, WIDTH, BLOCK_N)
 
 

@@ -170,12 +170,11 @@ class _Call:
         self.ranges = indices.shape[0] if self.packed else self.E
         self.block_m = row_block(self.rows, self.ranges)
 
-    def sort(self) -> tuple[Tensor, Tensor]:
-        return sort(self.indices, self.E)
-
     def ranged(self) -> list:
         """What every kernel over tiles of rows gets: order, offsets, experts, ranges, E."""
-        order, offsets, experts = (None, self.cu, self.indices) if self.packed else (*self.sort(), None)
+        order, offsets, experts = (
+            (None, self.cu, self.indices) if self.packed else (*sort(self.indices, self.E), None)
+        )
         return [order, offsets, experts, self.ranges, self.E]
 
     def tiles(self, block: int) -> int:
@@ -273,7 +272,7 @@ def mlp_backward(
 
     up, down = x.new_empty(w_gate_up.shape), x.new_empty(w_down.shape)
     b_up, b_down = (None if b is None else x.new_empty(b.shape) for b in (b_gate_up, b_down))
-    ranges = [*(call.sort() if call.packed else ranged[:2]), call.cu]
+    ranges = [*(sort(call.indices, call.E) if call.packed else ranged[:2]), call.cu]
     kernel = triton_backward.matrix_kernel
     args = [dh, x, None, up, b_up, None, *ranges, x.stride(0), *up.stride()]
     call.launch(kernel, "matrix", call.H, args, P=call.H, Q=call.D)

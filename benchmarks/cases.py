@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPERATIONS = ("sliding_window", "linear", "causal_conv1d", "hybrid")
+from slmkernels import dispatch
+
+OPERATIONS = ("sliding_window", "linear", "causal_conv1d", "hybrid", "experts")
 OURS = "slmkernels"  # the name of our candidate in every case
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +31,7 @@ class Run(NamedTuple):
 
     call: Callable[[], tuple[Tensor, ...]]
     ours: Callable[[Tensor], Tensor] = lambda x: x
+    parameters: tuple[Tensor, ...] = ()  # of its inputs, what a model holds anyway
 
 
 class Candidate(NamedTuple):
@@ -71,6 +74,12 @@ class Case:
     def candidates(self) -> tuple[Candidate, ...]:
         """Ours first, then the peers."""
         return self.ours, *self.peers
+
+
+def chosen_backend(name: str, *args, **kwargs) -> str:
+    """The backend of ours that runs a call of the operation `name`."""
+    operation = dispatch.OPERATIONS[name]
+    return operation.choose(operation.prepare(*args, **kwargs))
 
 
 def registry(small: bool = False) -> dict[str, Case]:

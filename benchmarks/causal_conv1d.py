@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmkernels import causal_conv1d, causal_conv1d_step
-from slmkernels.dispatch import OPERATIONS
 from slmkernels.ops.causal_conv1d import reference
 
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run
+from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
 
 RESULTS = ("y", "dx", "dweight", "dbias")
 
@@ -81,11 +80,6 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.causal_conv1d(x, weight, bias, silu=True)[0]
 
 
-def _chosen(name: str, *args, **kwargs) -> str:
-    operation = OPERATIONS[name]
-    return operation.choose(operation.prepare(*args, **kwargs))
-
-
 def full_case(label: str, shape: Shape, mode: str, dtype: str) -> Case:
     """The case of one shape, `forward` or `forward_backward`, in one dtype."""
     backward = mode == "forward_backward"
@@ -103,7 +97,7 @@ def full_case(label: str, shape: Shape, mode: str, dtype: str) -> Case:
         peers=(Candidate("conv1d + silu", partial(_run, conv1d_silu, backward)),),
         reference=partial(_expected, _reference, torch.float64, backward),
         plain=partial(_expected, conv1d_silu, None, backward),
-        backend=lambda i: _chosen("causal_conv1d", i["x"], i["weight"], i["bias"], activation="silu"),
+        backend=lambda i: chosen_backend("causal_conv1d", i["x"], i["weight"], i["bias"], activation="silu"),
         flops=elements * 2 * shape.W * (1 + 2 * backward),  # z; and dx, d(weight)
         bytes=elements * DTYPES[dtype].itemsize * (2 + 3 * backward),  # x, y; and x, dy, dx
     )
@@ -162,7 +156,7 @@ def step_case(label: str, shape: Shape, dtype: str) -> Case:
         peers=(Candidate("roll and sum", _step_roll),),
         reference=partial(_step_expected, torch.float64),
         plain=partial(_step_expected, None),
-        backend=lambda i: _chosen(step, i["x"], i["state"], i["weight"], i["bias"], activation="silu"),
+        backend=lambda i: chosen_backend(step, i["x"], i["state"], i["weight"], i["bias"], activation="silu"),
         flops=channels * 2 * shape.W,
         bytes=DTYPES[dtype].itemsize * (channels * 2 * shape.W + shape.C * (shape.W + 1)),
     )

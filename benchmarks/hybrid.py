@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from slmkernels import HybridCache, hybrid_attention, hybrid_attention_step
-from slmkernels.dispatch import OPERATIONS
 from slmkernels.ops.hybrid import reference
 
 from . import hybrid_peers as peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run
+from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
 
 ALL_ROWS = 1024  # up to this length every row is checked
 CHECKED_ROWS = 512  # of the last tokens, where checking every row would cost too much
@@ -135,11 +134,6 @@ def _expected(shape: Shape, backward: bool, dtype: torch.dtype | None, inputs: I
     return o.detach(), *gradients
 
 
-def _chosen(name: str, *args, **kwargs) -> str:
-    operation = OPERATIONS[name]
-    return operation.choose(operation.prepare(*args, **kwargs))
-
-
 def _tensors(inputs: Inputs) -> Inputs:
     return {name: inputs[name] for name in peers.LEAVES}
 
@@ -160,7 +154,7 @@ def hybrid_case(label: str, shape: Shape, mode: str, dtype: str, compiles: bool 
         peers=peers.hybrid_peers(shape.window, shape.block, backward, compiles),
         reference=partial(_expected, shape, backward, torch.float64),
         plain=partial(_expected, shape, backward, None),
-        backend=lambda i: _chosen("hybrid_attention", **_tensors(i), **shape.options),
+        backend=lambda i: chosen_backend("hybrid_attention", **_tensors(i), **shape.options),
         flops=shape.flops(backward),
         bytes=DTYPES[dtype].itemsize * shape.numbers() * (1 + backward),  # backward: o and the gradients
     )
@@ -228,7 +222,7 @@ def decode_case(label: str, shape: Shape, dtype: str) -> Case:
         ),
         reference=partial(_decode_expected, shape, torch.float64),
         plain=partial(_decode_expected, shape, None),
-        backend=lambda i: _chosen(step, **_tensors(i), cache=_filled_cache(shape, i)),
+        backend=lambda i: chosen_backend(step, **_tensors(i), cache=_filled_cache(shape, i)),
         flops=2 * (near + state * (1 + shape.Hq // shape.H)),
         # the rings of keys and values, read; the float32 state, read and written
         bytes=DTYPES[dtype].itemsize * near * shape.H // shape.Hq + 2 * 4 * state,

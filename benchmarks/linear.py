@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmkernels import linear_attention, linear_attention_step
-from slmkernels.dispatch import OPERATIONS
 from slmkernels.ops.linear import reference
 
 from . import linear_peers as peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run
+from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
 
 ALL_ROWS = 4096  # up to this length every row is checked
 CHECKED_ROWS = 1024  # of the last tokens, where checking every row would cost too much
@@ -126,11 +125,6 @@ def _expected(shape: Shape, backward: bool, dtype: torch.dtype | None, inputs: I
     return peers.linear_run(attend, cut, backward, shape.row == "retention").call()
 
 
-def _chosen(name: str, *args, **kwargs) -> str:
-    operation = OPERATIONS[name]
-    return operation.choose(operation.prepare(*args, **kwargs))
-
-
 def _tensors(inputs: Inputs) -> Inputs:
     return {name: inputs[name] for name in peers.LEAVES if name in inputs}
 
@@ -158,7 +152,7 @@ def linear_case(label: str, shape: Shape, mode: str, dtype: str, compiles: bool 
         peers=peers.linear_peers(shape.row, shape.options, backward, compiles),
         reference=partial(_expected, shape, backward, torch.float64),
         plain=partial(_expected, shape, backward, None),
-        backend=lambda inputs: _chosen("linear_attention", **_tensors(inputs), **shape.options),
+        backend=lambda inputs: chosen_backend("linear_attention", **_tensors(inputs), **shape.options),
         flops=int(shape.flops() * (1 + BACKWARD_OVER_FORWARD * backward)),
         # q, k, v, gates, o; and do, dq, dk, dv and the gates' gradients
         bytes=(1 + backward) * (DTYPES[dtype].itemsize * 4 * tokens * shape.D + gates),
@@ -204,7 +198,7 @@ def _decode_case(shape: Shape, dtype: str) -> Case:
         ),
         reference=partial(_decode_expected, torch.float64),
         plain=partial(_decode_expected, None),
-        backend=lambda i: _chosen(step, **_tensors(i), state=i["state"], l2norm_qk=True),
+        backend=lambda i: chosen_backend(step, **_tensors(i), state=i["state"], l2norm_qk=True),
         flops=2 * 3 * state,
         bytes=2 * 4 * state,  # the float32 state, read and written
     )

@@ -1,7 +1,7 @@
-"""Peak memory of one call beyond its inputs and results.
+"""Peak memory of one call beyond its inputs and results, and what autograd keeps for the backward.
 
-On CUDA the allocator says it. On the CPU a fresh process measures its own high-water mark, so that scratch
-memory counts that was not taken from torch; Linux only.
+The peak: on CUDA the allocator says it. On the CPU a fresh process measures its own high-water mark, so that
+scratch memory counts that was not taken from torch; Linux only.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cases import Case, Unavailable, registry
+from .cases import Case, Run, Unavailable, registry
 
 RESET_PEAK = Path("/proc/self/clear_refs")
 # freed blocks go back to the system at once, so that the next peak shows
@@ -52,6 +52,24 @@ def measure(case: Case, names: list[str], device: torch.device, small: bool) -> 
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Unavailable(f"the measuring process failed: {last_line}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def saved_for_backward(run: Run) -> int:
+    """Bytes of the tensors that autograd keeps from forward to backward, inputs too, but for parameters.
+
+    A storage counts once, whole.
+    """
+    saved = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage  # and alive, so that no later one gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run.call()
+    parameters = {x.untyped_storage().data_ptr() for x in run.parameters}
+    return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in parameters)
 
 
 def _each(case: Case, names: list[str], device: torch.device, growth: Callable) -> dict[str, int]:

@@ -167,8 +167,9 @@ def _flex(left: int | None, right: int | None, backward: bool, inputs: Inputs) -
     return attention_run(flex, inputs, backward, swap=True)
 
 
-def _gpu_library(module: str, function: str, inputs: Inputs) -> Callable[..., Tensor]:
-    if inputs["q"].device.type != "cuda":
+def gpu_library(module: str, function: str, device: torch.device) -> Callable:
+    """A function of a library that is for CUDA only."""
+    if device.type != "cuda":
         raise Unavailable("needs a CUDA device")
     try:
         return getattr(importlib.import_module(module), function)
@@ -177,7 +178,7 @@ def _gpu_library(module: str, function: str, inputs: Inputs) -> Callable[..., Te
 
 
 def _flash_attn(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
-    function = _gpu_library("flash_attn", "flash_attn_func", inputs)
+    function = gpu_library("flash_attn", "flash_attn_func", inputs["q"].device)
     if inputs["q"].dtype == torch.float32:
         raise Unavailable("has no float32 kernels")
     window = tuple(-1 if side is None else side for side in (left, right))
@@ -185,7 +186,7 @@ def _flash_attn(left: int | None, right: int | None, backward: bool, inputs: Inp
 
 
 def _fla(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
-    function = _gpu_library("fla.ops.attn.parallel", "parallel_attn", inputs)
+    function = gpu_library("fla.ops.attn.parallel", "parallel_attn", inputs["q"].device)
     if right != 0:
         raise Unavailable("causal only")
     window = None if left is None else left + 1

@@ -62,6 +62,7 @@ def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
         "allowed_error": m.check and m.check.allowed,
         "worst_output": m.check and m.check.output,
         "extra_memory_bytes": m.extra_memory,
+        "saved_for_backward_bytes": m.saved,
     }
 
 
@@ -107,6 +108,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     notes = {c["name"]: f"a yardstick, not this function: {c['yardstick']}" for c in ran if _is_yardstick(c)}
     notes |= {c["name"]: c["reason"] for c in result["candidates"] if c not in ran}
+    saved = {c["name"]: c.get("saved_for_backward_bytes") for c in ran}
+    sizes = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in saved.items() if size)
+    notes |= {"MiB kept for the backward, without parameters": sizes} if sizes else {}
     notes |= {"memory": result["memory_reason"]} if result["memory_reason"] else {}
     for name, reason in notes.items():
         console.print(f"  {name}: {reason}", style="dim", highlight=False)

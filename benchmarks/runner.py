@@ -28,6 +28,7 @@ class Measurement:
     yardstick: str = ""  # what it computes, if not the case's function
     samples: list[float] = field(default_factory=list)  # seconds a call
     extra_memory: int | None = None  # bytes beyond inputs and results
+    saved: int | None = None  # bytes that autograd keeps for the backward, parameters aside
 
     @property
     def correct(self) -> bool:
@@ -133,6 +134,7 @@ def measure(
     result.backend = _attempt(Measurement(""), lambda: case.backend(inputs)) or "none"
     if with_memory:
         progress("measuring memory")
+        _fill_saved(result, runs)
         _fill_memory(result, device, is_small=small is None)
     return result
 
@@ -159,6 +161,14 @@ def _time(
         progress(f"round {r + 1} of {rounds}")
         for m in measurements[r % len(measurements) :] + measurements[: r % len(measurements)]:
             m.samples.append(timer.sample(runs[m.name].call, repeats[m.name]))
+
+
+def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
+    """Of what ran, but for compiled candidates: hooks on saved tensors would compile them again."""
+    compiled = {c.name for c in result.case.candidates if c.compiles}
+    for m in result.measurements:
+        if m.samples and m.name not in compiled:
+            m.saved = memory.saved_for_backward(runs[m.name])
 
 
 def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmkernels import RingCache, sliding_window_attention, sliding_window_attention_step
-from slmkernels.dispatch import OPERATIONS
 from slmkernels.ops.sliding_window.function import window_bounds
 from slmkernels.ops.sliding_window.reference import attention, visible
 
 from . import peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run
+from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
 
 CHECKED_ROWS = 64  # of the last queries, where checking every row would cost too much
 ALL_ROWS = 1024  # up to this length every row is checked
@@ -115,11 +114,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def _chosen(name: str, *args, **kwargs) -> str:
-    operation = OPERATIONS[name]
-    return operation.choose(operation.prepare(*args, **kwargs))
-
-
 def attention_case(label: str, shape: Shape, mode: str, dtype: str) -> Case:
     """The case of one shape, `forward` or `forward_backward`, in one dtype."""
     backward = mode == "forward_backward"
@@ -140,7 +134,7 @@ def attention_case(label: str, shape: Shape, mode: str, dtype: str) -> Case:
         peers=peers.attention_peers(*shape.bounds, backward),
         reference=partial(_last_rows, shape, backward, _exact),
         plain=partial(_last_rows, shape, backward, _plain),
-        backend=lambda i: _chosen("sliding_window_attention", i["q"], i["k"], i["v"], **options),
+        backend=lambda i: chosen_backend("sliding_window_attention", i["q"], i["k"], i["v"], **options),
         flops=int(forward_flops * (1 + BACKWARD_OVER_FORWARD * backward)),
         bytes=element * (2 + 2 * backward) * (queries + keys),  # q, k, v, o; and do, dq, dk, dv
     )
@@ -192,7 +186,7 @@ def _decode_case(shape: Shape, dtype: str) -> Case:
         peers=(Candidate("SDPA over the ring", peers.decode_sdpa),),
         reference=partial(_decode_expected, shape, _exact),
         plain=partial(_decode_expected, shape, _plain),
-        backend=lambda i: _chosen(step, i["q"], i["k"], i["v"], _filled_cache(shape, i)),
+        backend=lambda i: chosen_backend(step, i["q"], i["k"], i["v"], _filled_cache(shape, i)),
         flops=4 * math.prod((shape.B, shape.Hq, shape.window, shape.D)),
         bytes=element * 2 * math.prod((shape.B, shape.H, shape.window, shape.D)),
     )

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import hybrid, memory, report, runner
+from benchmarks import experts, experts_peers, hybrid, memory, report, runner
 from benchmarks.__main__ import main
 from benchmarks.cases import OURS, Candidate, Run, Unavailable, registry, select
 from benchmarks.check import Check, Expected
@@ -18,6 +19,7 @@ from benchmarks.hybrid_peers import decode_separate, hybrid_run
 from benchmarks.linear_peers import our_reference
 from benchmarks.peers import FLEX_BLOCK, flex_block_mask
 from benchmarks.sliding_window import SHAPES, Shape, attention_case
+from slmkernels.ops.experts.reference import expert_mlp
 from slmkernels.ops.sliding_window.reference import attention, visible
 
 CPU = torch.device("cpu")
@@ -194,6 +196,118 @@ def test_hybrid_last_rows_check_sees_an_error_in_any_gradient():
         assert expected.check(long.ours)[0].passed
         for output in range(6):
             assert not expected.check(broken(long.ours, output))[0].passed
+
+
+EXPERTS = [name for name in SMALL if name.startswith("experts/") and "/forward_backward/fp32" in name]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_check_sees_an_error_in_any_result(name):
+    case = SMALL[name]
+    expected = Expected.of(case, case.inputs(CPU))
+    for output in range(len(case.outputs)):
+        assert not expected.check(broken(case.ours, output))[0].passed, case.outputs[output]
+
+
+def test_check_takes_integers_exactly():
+    def off_by_one(inputs):
+        run = SMALL[name].ours.prepare(inputs)
+
+        def call():
+            indices, weights, counts, *rest = run.call()
+            return indices, weights, counts + torch.eye(len(counts), dtype=torch.int32)[0], *rest
+
+        return Run(call, run.ours)
+
+    name = "experts/route/forward/bf16"
+    check = Expected.of(SMALL[name], SMALL[name].inputs(CPU)).check(Candidate("", off_by_one))[0]
+    assert (check.output, check.max_error, check.allowed) == ("counts", 1, 0)
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("label", ["standard", "segments"])
+def test_expert_yardsticks_are_the_products(label, mode):
+    case = SMALL[f"experts/{label}/{mode}/fp32"]
+    shape, backward = experts.SHAPES[label].small(), mode != "forward"
+    inputs = case.inputs(CPU)
+    alone, dense = (peer.prepare(inputs) for peer in case.peers if peer.yardstick)
+    expert, order = inputs["indices"].flatten().long().sort()
+    rows, dy = (inputs[name].double()[order // shape.k] for name in ("x", "dy"))
+    up, down = (inputs[name].double() for name in ("w_gate_up", "w_down"))
+    h = (up[expert] @ rows[..., None])[..., 0]
+    a = experts_peers.gated(h)
+    exact = [h, (down[expert] @ a[..., None])[..., 0]]
+    if backward:
+        exact += [(h[:, None] @ up[expert])[:, 0], (dy[:, None] @ down[expert])[:, 0]]
+        members = torch.nn.functional.one_hot(expert, shape.E).double()
+        exact += [torch.einsum("re,ri,rj->eij", members, *pair) for pair in ((h, rows), (dy, a))]
+    for found, expected in zip(alone.call(), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    everyone = torch.arange(shape.k).expand(shape.T, -1)
+    weights = torch.ones(shape.T, shape.k, dtype=torch.float64)
+    x = inputs["x"].double()
+    y = expert_mlp(x, everyone, weights, up, down, None, None, "swiglu", False)
+    torch.testing.assert_close(dense.call()[0].double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("label", experts.SHAPES)
+def test_expert_flops_are_those_of_the_products(label, mode):
+    case = SMALL[f"experts/{label}/{mode}/fp32"]
+    peers = {peer.name: peer for peer in case.peers}
+    for name in ("eager loop", "dense"):
+        run = peers[name].prepare(case.inputs(CPU))
+        with FlopCounterMode(display=False) as counter:
+            run.call()
+        assert counter.get_total_flops() == case.flops, name
+
+
+def test_expert_cases_are_what_they_are_called():
+    inputs = SMALL["experts/skewed/forward/fp32"].inputs(CPU)
+    assert (inputs["indices"] == 0).sum() * 2 == inputs["indices"].numel()
+    assert (inputs["indices"].sort(1).values.diff() > 0).all()
+    inputs = registry()["experts/segments/forward/bf16"].inputs(CPU)
+    lengths = inputs["cu_seqlens"].diff()
+    assert (len(lengths), lengths.sum(), lengths.min() > 0) == (16, 2048, True)
+    logits = registry()["experts/route/forward/bf16"].inputs(CPU)["logits"]
+    assert (logits.sort(1).values.diff() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("label", experts.SHAPES)
+def test_experts_keep_x_the_preactivation_indices_and_weights(label, dtype):
+    case, shape = SMALL[f"experts/{label}/forward_backward/{dtype}"], experts.SHAPES[label].small()
+    inputs = case.inputs(CPU)
+    if case.backend(inputs) == "reference":
+        pytest.skip("autograd keeps more for the reference")
+    saved = {c.name: memory.saved_for_backward(c.prepare(inputs)) for c in (case.ours, *case.peers[:3])}
+    rows = shape.T * shape.k
+    values = inputs["x"].numel() + 2 * rows * shape.n
+    named = [inputs[name] for name in ("indices", "weights", "cu_seqlens", "experts") if name in inputs]
+    indices = sum(x.numel() * x.element_size() for x in named)
+    assert saved.pop(OURS) <= values * case.dtype.itemsize + indices
+    # the gathered rows and, to be weighted, the second product's; the pre-activation, silu(gate), its product
+    theirs = rows * ((1 + ("weights" in inputs)) * shape.d + 4 * shape.n) * case.dtype.itemsize
+    assert all(size >= theirs for size in saved.values()), saved
+
+
+def test_saved_for_backward_counts_storages_once_without_parameters():
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    run = Run(lambda: torch.autograd.grad(((x @ w) * (x @ w.mT)).sum(), (x, w)), parameters=(w,))
+    assert memory.saved_for_backward(run) == 3 * x.numel() * 4  # x and both products
+
+
+def test_what_is_kept_for_the_backward_is_reported():
+    case = without_compilers(BACKWARD)
+    runs = {candidate.name: candidate.prepare(case.inputs(CPU)) for candidate in (case.ours, case.peers[0])}
+    found = result(measured(OURS, 1.0), measured(case.peers[0].name, 2.0), measured("failed"))
+    runner._fill_saved(replace(found, case=case), runs)
+    ours, peer, failed = found.measurements
+    assert min(ours.saved, peer.saved) > 0
+    assert failed.saved is None
+    data = report.to_json(ENVIRONMENT, [found])["results"][0]
+    assert data["candidates"][0]["saved_for_backward_bytes"] == ours.saved
+    assert f"kept for the backward, without parameters: {OURS} {ours.saved / 2**20:.2f}" in printed(data)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -17,6 +17,7 @@
 
 namespace {
 
+using slm::dense;
 using slm::dense_rows;
 using slm::Dtype;
 using slm::fresh;
@@ -59,9 +60,6 @@ bool wide(const Tensor& x, const Problem& p, const char* name) {
                     " must have x's dtype, or float32 beside a 16-bit x");
     return exact;
 }
-
-// A call through the dispatcher costs a microsecond, a decode step a few.
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Everything a call reads, alive as long as the problem that points into it. Not to be moved.
 struct Inputs {

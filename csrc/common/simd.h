@@ -1,5 +1,5 @@
 // Vectors of one register, for the tier that includes this file: arithmetic by GCC's vector extensions,
-// conversions between storage types, exp2 and tanh, in-register transposition.
+// conversions between storage types, exp2, log and tanh, in-register transposition.
 //
 // (GCC 12 warns of an uninitialised operand in the unmasked intrinsics; the zero-masked ones with a full
 // mask compile to the same instruction.)
@@ -296,6 +296,23 @@ SLM_INLINE Vec<F> exp2_nonpositive(Vec<F> x) {
     const Mask<F> n = (Mask<F>)shifted << kMantissa<F>;  // the magic number's bits are shifted out
     const Vec<F> p = exp2m1_reduced(clamped - (shifted - kRound<F>)) + F(1);
     return select<F>(x < kMinExponent<F>, Vec<F>{}, (Vec<F>)((Mask<F>)p + n));
+}
+
+// log(x) of a positive normal number; NaN and inf stay. x = 2^n m, sqrt(1/2) <= m < sqrt(2), and log(m) =
+// 2 atanh(f) = 2 (f + f^3/3 + f^5/5 + ...), f = (m - 1) / (m + 1), |f| < 0.172: 6 terms in float, 12 in double.
+template <typename F>
+SLM_INLINE Vec<F> log(Vec<F> x) {
+    constexpr int kTerms = sizeof(F) == 4 ? 6 : 12;
+    constexpr Int<F> kRootHalf = sizeof(F) == 4 ? Int<F>(0x3f3504f3) : Int<F>(0x3fe6a09e667f3bcd);
+    const Mask<F> n = ((Mask<F>)x - kRootHalf) >> kMantissa<F>;
+    const Vec<F> m = (Vec<F>)((Mask<F>)x - (n << kMantissa<F>));
+    const Vec<F> f = (m - F(1)) / (m + F(1)), square = f * f;
+    Vec<F> q = splat<F>(F(2) / F(2 * kTerms - 1));
+#pragma GCC unroll 16
+    for (int i = kTerms - 2; i >= 0; --i) q = q * square + F(2) / F(2 * i + 1);
+    const Vec<F> exponent = (Vec<F>)((Mask<F>)splat<F>(kRound<F>) + n) - kRound<F>;
+    const Vec<F> y = exponent * F(0.693147180559945309417232121458176568) + f * q;
+    return select<F>(x < F(__builtin_inf()), y, x);
 }
 
 // tanh(x) = (e^2|x| - 1) / (e^2|x| + 1) with the sign of x; exact to a few ulp down to 0, because

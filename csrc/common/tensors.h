@@ -39,6 +39,9 @@ inline ScalarType statistics_type(Dtype dtype) {
     return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// A call through the dispatcher costs a microsecond, a decode step a few.
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // Kernels want unit stride along the last dimension; anything else is copied.
 inline Tensor dense_rows(const Tensor& x) {
     return x.dim() > 0 && x.numel() > 0 && x.stride(x.dim() - 1) != 1 ? torch::stable::contiguous(x) : x;
@@ -85,7 +88,7 @@ inline Tensor statistics(const Tensor& x, Sizes shape, ScalarType dtype, const c
     bool fits = x.dim() == int64_t(shape.size()) && x.scalar_type() == dtype;
     for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(int64_t(d)) == *(shape.begin() + d);
     STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype (float32, or float64 for float64 inputs)");
-    return torch::stable::contiguous(x);
+    return dense(x);
 }
 
 }  // namespace slm

@@ -1,4 +1,5 @@
 // Activations of a pre-activation h, or of its gate and its up: a = f(h), or f(gate) up; and f'.
+#pragma once
 
 #include "../common/sigmoid.h"
 

@@ -5,4 +5,5 @@
 #define SLM_TIER avx2
 #define SLM_BYTES 32
 #include "mlp.inl"
+#include "route.inl"
 #endif

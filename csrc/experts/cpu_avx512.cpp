@@ -5,4 +5,5 @@
 #define SLM_TIER avx512
 #define SLM_BYTES 64
 #include "mlp.inl"
+#include "route.inl"
 #endif

@@ -3,3 +3,4 @@
 #define SLM_TIER portable
 #define SLM_BYTES 16
 #include "mlp.inl"
+#include "route.inl"

@@ -1,4 +1,4 @@
-"""A small language model on one page: embeddings, blocks of a mixer and SwiGLU, tied logits.
+"""A small language model on one page: embeddings, blocks of a mixer and an MLP or experts, tied logits.
 
 Letters in the shape comments: B batch, T tokens, C channels, N hidden channels, V vocabulary.
 Text is bytes: the vocabulary is the 256 byte values. Special tokens take bytes that never occur in UTF-8
@@ -6,17 +6,26 @@ Text is bytes: the vocabulary is the 256 byte values. Special tokens take bytes 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import FEATURE_MAPS, HybridAttention, LinearAttention, RMSNorm, SlidingWindowAttention
+from ..nn import (
+    FEATURE_MAPS,
+    FeedForward,
+    HybridAttention,
+    LinearAttention,
+    RMSNorm,
+    SlidingWindowAttention,
+    SparseExperts,
+)
 from ..nn.feature_maps import Projected
 from ..nn.hybrid_attention import POSITIVE_MAPS
 from ..nn.linear_attention import MODES
+from ..ops.experts.route import Routing
 from ..ops.hybrid.function import ALIGNMENTS
 from ..validation import expect
 
@@ -60,6 +69,14 @@ class SmallLMConfig:
     hybrid_feature_map: str = "hedgehog"  # of H layers, as nn.HybridAttention's
     hybrid_feature_dim: int | None = None
     hybrid_alignment: str = "sliding"
+    experts: int = 0  # in place of the SwiGLU, in every expert_every-th layer; 0: none
+    expert_top_k: int = 2  # experts of a token
+    expert_hidden: int | None = None  # of an expert; None: hidden // expert_top_k, a token costs what it did
+    expert_shared: int = 0  # hidden channels of the shared experts; 0: none
+    expert_every: int = 1
+    expert_balance: float = 0.01  # coefficient of the load-balance loss
+    expert_z: float = 0.001  # coefficient of the z-loss
+    expert_bias_rate: float = 0.0  # of the selection bias, a step of training; 0: there is no bias
 
     def __post_init__(self):
         for name in (*_FIELDS, "vocab_size"):
@@ -89,6 +106,27 @@ class SmallLMConfig:
             learned = issubclass(FEATURE_MAPS[self.hybrid_feature_map], Projected)
             hint = f"None: feature map {self.hybrid_feature_map!r} projects nothing"
             expect(learned, "hybrid_feature_dim", size, hint)
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        least = {"experts": 0, "expert_top_k": 1, "expert_hidden": 1, "expert_shared": 0, "expert_every": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            default = name == "expert_hidden" and value is None
+            expect(default or (type(value) is int and value >= low), name, value, f"an int >= {low}")
+        for name in ("expert_balance", "expert_z", "expert_bias_rate"):
+            value = getattr(self, name)
+            expect(0 <= value < float("inf"), name, value, "a finite number >= 0")
+        if self.experts:
+            hint = f"at most the {self.experts} experts"
+            expect(self.expert_top_k <= self.experts, "expert_top_k", self.expert_top_k, hint)
+            hint = f"at most num_layers {self.num_layers}, or no layer has experts"
+            expect(self.expert_every <= self.num_layers, "expert_every", self.expert_every, hint)
+        else:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                unused = not field.name.startswith("expert_") or value == field.default
+                expect(unused, field.name, value, f"{field.default} without experts")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SmallLMConfig":
@@ -164,34 +202,42 @@ MIXERS: dict[str, Callable[[SmallLMConfig], nn.Module]] = {
 }
 
 
-class SwiGLU(nn.Module):
-    """`down(silu(gate) * up)`. Both weights: normal, std `in_features ** -0.5`. Source: Shazeer 2020."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
-        for linear in (self.gate_up, self.out):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, N] each
-        return self.out(F.silu(gate) * up)  # [B, T, C]
+def _mlp(config: SmallLMConfig, layer: int) -> FeedForward | SparseExperts:
+    """What stands after the mixer of layer 0, 1, ...: of n layers the last has the experts (GShard)."""
+    if not config.experts or (layer + 1) % config.expert_every:
+        return FeedForward(config.dim, config.hidden)
+    return SparseExperts(
+        config.dim,
+        config.expert_hidden or max(1, config.hidden // config.expert_top_k),
+        config.experts,
+        config.expert_top_k,
+        shared_hidden=config.expert_shared,
+        selection_bias=config.expert_bias_rate > 0,
+    )
 
 
 class Block(nn.Module):
     """One layer: `x + mixer(norm(x))`, then `x + mlp(norm(x))`. Norm weights start at 1."""
 
-    def __init__(self, config: SmallLMConfig, letter: str):
+    # What ends in the residual stream.
+    OUT = ("mixer.out.weight", "mlp.out.weight", "mlp.w_down", "mlp.shared.out.weight")
+
+    def __init__(self, config: SmallLMConfig, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim)
-        self.mixer = MIXERS[letter](config)
+        self.mixer = MIXERS[config.layers[layer]](config)
         self.mlp_norm = RMSNorm(config.dim)
-        self.mlp = SwiGLU(config.dim, config.hidden)
+        self.mlp = _mlp(config, layer)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, cache=None
+    ) -> tuple[Tensor, Routing | None]:
+        """x `[B, T, C]` -> the same, and where the tokens went if the layer has experts."""
         x = x + self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, cache=cache)  # [B, T, C]
-        return x + self.mlp(self.mlp_norm(x))  # [B, T, C]
+        if isinstance(self.mlp, SparseExperts):
+            y, routing = self.mlp(self.mlp_norm(x), return_routing=True)
+            return x + y, routing
+        return x + self.mlp(self.mlp_norm(x)), None
 
 
 class SmallLM(nn.Module):
@@ -199,9 +245,10 @@ class SmallLM(nn.Module):
 
     Initial values: embedding normal, std `dim ** -0.5`, so that tied logits have variance 1 and the first
     loss is ln V + 1/2 (std 0.02 was tried on the 1m preset: about 0.5 bits per byte worse after 300 steps);
-    projections normal, std `in_features ** -0.5`, where they end in the residual stream (`mixer.out`,
-    `mlp.out`) divided by `sqrt(2 * num_layers)`, so that its variance does not grow with depth (GPT-2);
-    norms 1; sinks 0; of L and H layers, the rest as `nn.LinearAttention` and `nn.HybridAttention` say.
+    projections normal, std `in_features ** -0.5`, where they end in the residual stream (`Block.OUT`)
+    divided by `sqrt(2 * num_layers)`, so that its variance does not grow with depth (GPT-2); norms 1;
+    sinks 0; of L and H layers and experts, the rest as `nn.LinearAttention`, `nn.HybridAttention` and
+    `nn.SparseExperts` say.
 
     Args:
         config: the shape.
@@ -215,13 +262,14 @@ class SmallLM(nn.Module):
         self.config = config
         self.checkpoint_activations = checkpoint_activations
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         with torch.no_grad():
             for block in self.blocks:
-                for linear in (block.mixer.out, block.mlp.out):
-                    linear.weight /= (2 * config.num_layers) ** 0.5
+                for name, parameter in block.named_parameters():
+                    if name in Block.OUT:
+                        parameter /= (2 * config.num_layers) ** 0.5
 
     def num_parameters(self) -> int:
         """Parameters, embeddings included (tied, so counted once)."""
@@ -231,39 +279,64 @@ class SmallLM(nn.Module):
         self, tokens: Tensor, cu_seqlens: Tensor | None = None, caches: list | None = None
     ) -> Tensor:
         """Everything but the logits: tokens `[B, T]` -> `[B, T, C]`."""
-        x = self.embedding(tokens)  # [B, T, C]
+        return self._run(tokens, cu_seqlens, caches)[0]
+
+    def _run(self, tokens, cu_seqlens=None, caches=None) -> tuple[Tensor, list[Routing]]:
+        """Hidden states, and the routing of every layer that has experts."""
+        x, routings = self.embedding(tokens), []  # [B, T, C]
         for i, block in enumerate(self.blocks):
             if caches is not None:
-                x = block(x, cache=caches[i])
+                x, routing = block(x, cache=caches[i])
             elif self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+                x, routing = checkpoint(block, x, cu_seqlens, use_reentrant=False)
             else:
-                x = block(x, cu_seqlens)
-        return self.norm(x)
+                x, routing = block(x, cu_seqlens)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `[..., C]` -> scores of the next token `[..., V]`."""
         return F.linear(x, self.embedding.weight)
 
+    def routing_loss(self, routings: list[Routing]) -> Tensor:
+        """What to add to the loss for the experts' sake, [], float32: the load-balance loss and the z-loss of
+        every layer that has experts, times `config.expert_balance` and `config.expert_z`."""
+        c, zero = self.config, self.embedding.weight.new_zeros((), dtype=torch.float32)
+        losses = (c.expert_balance * r.load_balance_loss() + c.expert_z * r.z_loss() for r in routings)
+        return sum(losses, start=zero)
+
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_routings: bool = False,
+    ) -> Tensor | tuple:
         """Score the next token everywhere.
 
         Args:
             tokens: integer `[B, T]`.
             targets: `[B, T]`, the token after each; -100 is left out of the loss.
             cu_seqlens: int32 `[N+1]`, documents packed along T (B must be 1).
+            return_routings: also return where the tokens went. Training a model with experts needs it: the
+                loss to go down is `loss + model.routing_loss(routings)`.
 
         Returns:
-            logits `[B, T, V]`; with targets also the mean cross-entropy in nats, float32.
+            logits `[B, T, V]`; with targets also the mean cross-entropy in nats, float32; with
+            return_routings also a list, a `Routing` for each layer that has experts.
         """
         self._check_tokens("tokens", tokens)
-        logits = self.logits(self.hidden_states(tokens, cu_seqlens))  # [B, T, V]
-        if targets is None:
-            return logits
-        expect(targets.shape == tokens.shape, "targets", targets, f"shape {list(tokens.shape)} like tokens")
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        x, routings = self._run(tokens, cu_seqlens)
+        results = (self.logits(x),)  # [B, T, V]
+        if targets is not None:
+            hint = f"shape {list(tokens.shape)} like tokens"
+            expect(targets.shape == tokens.shape, "targets", targets, hint)
+            results += (F.cross_entropy(results[0].float().flatten(0, 1), targets.flatten()),)
+        if return_routings:
+            results += (routings,)
+        return results if len(results) > 1 else results[0]
 
     def new_caches(self, batch: int, max_length: int | None = None) -> list:
         """One empty cache a layer: `window` tokens in S, `max_length` in F, a state in L, both in H."""

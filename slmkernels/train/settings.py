@@ -18,7 +18,8 @@ def _option(default, text: str, kind: type | None = None):
 # The options that say what the layers are, named as the model's.
 LINEAR = ("linear_mode", "linear_feature_map")
 HYBRID = ("hybrid_feature_map", "hybrid_feature_dim", "hybrid_alignment")
-LAYERS = ("pattern", *LINEAR, *HYBRID)
+EXPERTS = tuple(name for name in SmallLMConfig.__dataclass_fields__ if name.startswith("expert"))
+LAYERS = ("pattern", *LINEAR, *HYBRID, *EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ class Settings:
         None, "what the learned maps of H layers project to (default: the map's)", int
     )
     hybrid_alignment: str = _option("sliding", f"of the window of H layers: {', '.join(ALIGNMENTS)}")
+    experts: int = _option(0, "experts in place of a layer's SwiGLU; 0: none")
+    expert_top_k: int = _option(2, "experts of a token")
+    expert_hidden: int | None = _option(
+        None, "hidden channels of an expert (default: the preset's / expert-top-k)", int
+    )
+    expert_shared: int = _option(0, "hidden channels of the shared experts; 0: none")
+    expert_every: int = _option(1, "every how manyth layer has experts")
+    expert_balance: float = _option(0.01, "coefficient of the load-balance loss")
+    expert_z: float = _option(0.001, "coefficient of the router's z-loss")
+    expert_bias_rate: float = _option(
+        0.0, "how far a step moves the selection bias towards equal loads; 0: no bias"
+    )
     window: int | None = _option(
         None, "keys a query of an S layer sees, or an H layer is near to (default: the preset's)", int
     )
@@ -88,10 +101,11 @@ class Settings:
 
     @property
     def layers(self) -> str:
-        """The pattern, and what its L and H layers are: `SL-gla`, `L-linear-elu`, `H-hedgehog-sliding`."""
+        """The pattern, and what its layers are: `SL-gla`, `H-hedgehog-sliding`, `SSSF-8experts`."""
         names = (LINEAR if "L" in self.pattern else ()) + (HYBRID if "H" in self.pattern else ())
         values = (getattr(self, name) for name in names)
-        return "-".join([self.pattern, *(str(value) for value in values if value is not None)])
+        parts = [self.pattern, *(str(value) for value in values if value is not None)]
+        return "-".join(parts + ([f"{self.experts}experts"] if self.experts else []))
 
     @property
     def peak_lr(self) -> float:

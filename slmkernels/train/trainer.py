@@ -2,6 +2,9 @@
 
 A run's folder holds checkpoint.pt, loss.png and metrics.jsonl, one object a line: kind "train" or "valid",
 step, loss in nats, bpb in bits per byte; training lines also lr, grad_norm, tokens_per_s, elapsed seconds.
+The loss is the cross-entropy alone. Of a model with experts training lines also have, with a value for each
+layer with some, tokens_per_expert of the step, router_entropy in nats and load_balance, that loss, 1 where
+loads are equal; and experts.png draws them.
 """
 
 import contextlib
@@ -17,6 +20,8 @@ from pathlib import Path
 import torch
 
 from ..models import SmallLM, SmallLMConfig
+from ..nn import SparseExperts
+from ..ops.experts.route import Routing
 from . import checkpoint, plots
 from .data import Corpus, training_batch, validation_batches
 from .errors import Interrupted, TrainError
@@ -80,13 +85,16 @@ class Trainer:
             TrainError: the loss or the gradient is not finite; the model is left as it was.
         """
         s, start = self.settings, time.perf_counter()
-        total = torch.zeros((), device=self.device)
+        total, micros = torch.zeros((), device=self.device), []  # micros: routings, a list a micro-batch
         for micro in range(s.accumulate):
             index = self.step * s.accumulate + micro
             tokens, targets = training_batch(self.corpus, s.seed, index, s.batch_size, s.seq_len)
             with self._autocast():
-                _, loss = self.model(tokens.to(self.device), targets.to(self.device))
-            (loss / s.accumulate).backward()
+                _, loss, routings = self.model(
+                    tokens.to(self.device), targets.to(self.device), return_routings=True
+                )
+            ((loss + self.model.routing_loss(routings)) / s.accumulate).backward()
+            micros.append([Routing(*(x.detach() for x in routing)) for routing in routings])
             total += loss.detach() / s.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         loss, norm = float(total), float(norm)
@@ -100,12 +108,29 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        experts = self._after_routing(micros)
         self.step += 1
         seconds = time.perf_counter() - start
         self.seconds += seconds
         rate = s.accumulate * s.batch_size * s.seq_len / seconds
         figures = {"loss": loss, "bpb": loss / math.log(2), "lr": lr, "grad_norm": norm}
-        return {**figures, "tokens_per_s": rate, "elapsed": self.seconds}
+        return {**figures, "tokens_per_s": rate, "elapsed": self.seconds, **experts}
+
+    @torch.no_grad()
+    def _after_routing(self, micros: list[list[Routing]]) -> dict[str, list]:
+        """The experts' figures of a step, layer by layer, from its micro-batches; moves selection biases."""
+        rate, figures = self.model.config.expert_bias_rate, {}
+        layers = [block.mlp for block in self.model.blocks if isinstance(block.mlp, SparseExperts)]
+        for layer, routings in zip(layers, zip(*micros, strict=True), strict=True):
+            counts = sum(routing.counts for routing in routings)
+            if rate:
+                layer.update_selection_bias(counts, rate)
+            entropy = sum(routing.entropy for routing in routings) / len(routings)
+            balance = sum(routing.load_balance_loss() for routing in routings) / len(routings)
+            figures.setdefault("tokens_per_expert", []).append(counts.tolist())
+            figures.setdefault("router_entropy", []).append(float(entropy))
+            figures.setdefault("load_balance", []).append(float(balance))
+        return figures
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -202,7 +227,10 @@ def train(trainer: Trainer, out: Path, stop_at: int | None = None) -> dict[str, 
             trainer.save(path)
     if asked:
         raise Interrupted(f"stopped after step {trainer.step}; saved to {path}, go on with --resume")
-    if reason := plots.loss_curve(metrics, out / "loss.png"):
+    reasons = [plots.loss_curve(metrics, out / "loss.png")]
+    if trainer.model.config.experts:
+        reasons.append(plots.expert_curves(metrics, out / "experts.png"))
+    for reason in filter(None, reasons):
         progress.say(reason)
     return valid or trainer.evaluate()
 

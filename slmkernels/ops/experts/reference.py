@@ -67,17 +67,17 @@ def route(logits, selection_bias, expert_mask, top_k, score, renormalize, groups
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + EPS)
     weights = weights.masked_fill(absent, 0.0) * route_scale  # absent: 0 beside NaN too
-    indices = indices.masked_fill(absent, -1).to(torch.int32)
-    counts = torch.bincount(indices[~absent], minlength=logits.shape[1]).to(torch.int32)
+    counts = indices.new_zeros(logits.shape[1]).scatter_add(0, indices.flatten(), (~absent).long().flatten())
+    indices, counts = indices.masked_fill(absent, -1).to(torch.int32), counts.to(torch.int32)
     probabilities, z, entropy = (x.sum(0) / max(logits.shape[0], 1) for x in (p, lse[:, 0].square(), entropy))
     return indices, weights, counts, probabilities, z, entropy
 
 
 def activate(h: Tensor, activation: str, interleaved: bool) -> Tensor:
-    """Pre-activation [R, 2n], or [R, n] of an activation without a gate -> [R, n]."""
+    """Pre-activation [..., 2n], or [..., n] of an activation without a gate -> [..., n]."""
     if activation in PLAIN:
         return PLAIN[activation](h)
-    gate, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
+    gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
     return GATED[activation](gate) * up
 
 
@@ -85,11 +85,11 @@ def expert_mlp(x, indices, weights, w_gate_up, w_down, b_gate_up, b_down, activa
     """Expert after expert: its tokens' rows, its two matrices, their weighted sum. -> y [T, d]."""
     high = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros(x.shape, dtype=high)
-    for e in range(w_gate_up.shape[0]):
+    for e, (up, down) in enumerate(zip(w_gate_up, w_down, strict=True)):  # gradients of w[e] fill all of w
         token, slot = torch.nonzero(indices == e, as_tuple=True)
         b_up, b_out = (None if b is None else b[e] for b in (b_gate_up, b_down))
-        a = activate(F.linear(x[token], w_gate_up[e], b_up), activation, interleaved)
-        row = F.linear(a, w_down[e], b_out).to(high)
+        a = activate(F.linear(x[token], up, b_up), activation, interleaved)
+        row = F.linear(a, down, b_out).to(high)
         y = y.index_add(0, token, row if weights is None else weights[token, slot, None].to(high) * row)
     return y.to(x.dtype)
 

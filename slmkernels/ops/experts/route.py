@@ -164,7 +164,8 @@ def route(
             themselves, and the weights are a softmax over the chosen ones.
         renormalize: divide a token's weights by their sum (no effect on "softmax_after_topk").
         selection_bias: `[E]`, added to the scores for the choice only; the weights do not see it, and it has
-            no gradient. See `update_selection_bias`.
+            no gradient. Without it the logits choose: the scores' order, and no ties made by rounding. See
+            `update_selection_bias`.
         num_groups, top_groups: experts stand in `num_groups` groups of equal size; a token chooses among the
             `top_groups` groups whose two best scores (with the bias) sum highest.
         route_scale: factor of the weights.

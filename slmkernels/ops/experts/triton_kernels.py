@@ -3,11 +3,12 @@
 The kernels and their story stand in `triton_route.py`, `triton_forward.py` and `triton_backward.py`; they are
 imported only where Triton is, so that this file always imports.
 
-| launches | forward | backward: dx | dweights | matrices and biases | and |
-|---|---|---|---|---|---|
-| `route` | 2 | 1 | | | |
-| `expert_mlp` | 3 | 2 | 1 | 2 | 1 (`dh_kernel`), 1 or 2 (the sort) in both |
-| `segment_mlp` | 2 | 1 | | 2, 1 or 2 (the sort) | 1 (`dh_kernel`) |
+| launches | forward | backward |
+|---|---|---|
+| `route` | 2 | 1 |
+| `expert_mlp` | 3 | 1, and 1 for dweights, 2 for dx, 2 for the matrices and biases |
+| `segment_mlp` | 2 | 1, and 1 for dx, 2 for the matrices and biases |
+| sort | 1 or 2, of `expert_mlp` | 1 or 2; of `segment_mlp` for the matrices only |
 
 The host reads nothing back, grids and tiles follow from shapes alone, and the bits of a result depend on
 nothing measured: CUDA graphs can hold every call. SLMKERNELS_AUTOTUNE=1 in the environment measures the
@@ -46,8 +47,8 @@ def candidates(kind: str, block_m: int, dtype: torch.dtype) -> list[tuple[int, .
     """Tiles (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of "up", "rows" and "dh", the default first;
     of "matrix" (BLOCK_P, BLOCK_Q, BLOCK_R, num_warps, num_stages).
 
-    tests/test_experts_aot.py holds them to the registers and the shared memory that there are. Those of "dh"
-    share BLOCK_N: its parts of dweights are as many as there are blocks.
+    tests/test_experts_aot.py holds the defaults to the registers and the shared memory that there are. Those
+    of "dh" share BLOCK_N: its parts of dweights are as many as there are blocks.
     """
     exact, warps = dtype == torch.float32, 8 if block_m == 128 else 4
     if kind == "matrix":

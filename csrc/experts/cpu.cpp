@@ -17,6 +17,7 @@
 
 namespace {
 
+using slm::dense;
 using slm::dense_rows;
 using slm::Dtype;
 using slm::fresh;
@@ -44,8 +45,6 @@ const Kernels& kernels() {
 #endif
     return slm::experts::kernels_portable;
 }
-
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Experts' matrices [E, rows, columns] as they lie, if rows or columns are contiguous; else a copy.
 Tensor readable(const Tensor& x) {

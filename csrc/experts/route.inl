@@ -23,7 +23,7 @@
 // A task is kBlock tokens. Sums over tokens are made in the lanes of a block, then over the blocks, which
 // follow from the shape, in their order: the same bits for any number of threads.
 //
-// Measured, one core of an AMD Zen 5, T = 2048, float32, renormalised softmax (sigmoids: + 40 % of either), us,
+// Measured, one core of an AMD Zen 4, T = 2048, float32, renormalised softmax (sigmoids: + 40 % of either), us,
 // beside PyTorch's softmax, topk, division, bincount, mean and logsumexp: E = 8, k = 2: forward 38 (450),
 // backward 49 (300); E = 64, k = 2: 114 (1540), 84 (370); E = 64, k = 8: 173 (1840), 110 (385); E = 256, k = 8:
 // 570 (5900), 248 (1300). One token, E = 64, k = 8: 12 (36), of which the seven outputs take most. Tried:

@@ -173,10 +173,9 @@ class _Call:
 
     def ranged(self) -> list:
         """What every kernel over tiles of rows gets: order, offsets, experts, ranges, E."""
-        order, offsets, experts = (
-            (None, self.cu, self.indices) if self.packed else (*sort(self.indices, self.E), None)
-        )
-        return [order, offsets, experts, self.ranges, self.E]
+        if self.packed:
+            return [None, self.cu, self.indices, self.ranges, self.E]
+        return [*sort(self.indices, self.E), None, self.ranges, self.E]
 
     def tiles(self, block: int) -> int:
         """Tiles of all ranges, as `triton_tiles.span` numbers them."""
@@ -252,11 +251,8 @@ def mlp_backward(
     dh = x.new_empty(call.rows, call.H) if need_h else None
     a = x.new_empty(call.rows, call.N) if need_w else None
     ranged = call.ranged()
-    dweights, parts, blocks = (
-        x.new_empty(0),
-        None,
-        -(-call.N // config("dh", call.block_m, x.dtype)["BLOCK_N"]),
-    )
+    blocks = -(-call.N // config("dh", call.block_m, x.dtype)["BLOCK_N"])
+    dweights, parts = x.new_empty(0), None
     if weights is not None:
         dweights, parts = torch.empty_like(weights), weights.new_empty(blocks, call.rows)
     if need_h or weights is not None:

@@ -94,10 +94,24 @@ def expected(dtype: torch.dtype, **case) -> tuple[Tensors, dict, Tensors, Tensor
     return tensors, options, same, truth
 
 
-def check(dtype: torch.dtype, mlp: Callable[..., Results], **case) -> None:
-    """Assert the acceptance rule of one implementation for y and every gradient."""
+def errors(dtype: torch.dtype, **case) -> dict[str, float]:
+    """How far PyTorch's own results are from the exact ones."""
+    _, _, same, truth = expected(dtype, **case)
+    return {name: (same[name] - x).abs().max().item() for name, x in truth.items() if x.numel()}
+
+
+def check(dtype: torch.dtype, mlp: Callable[..., Results], *, draws: int = 1, **case) -> None:
+    """Assert the acceptance rule of one implementation for y and every gradient.
+
+    `draws`: PyTorch's error is its largest on so many draws of the same sizes. Where results are a few
+    numbers, one draw may happen to round well.
+    """
     tensors, options, same, truth = expected(dtype, **case)
-    compare(run(tensors, mlp, **options), same, truth, dtype)
+    first, *others = (errors(dtype, **case | {"seed": case.get("seed", 0) + i}) for i in range(draws))
+    slack = {
+        name: 2 * max(0.0, *(x[name] - error for x in others)) for name, error in first.items() if others
+    }
+    compare(run(tensors, mlp, **options), same, truth, dtype, slack)
 
 
 def dense(x, w_gate_up, w_down, b_gate_up=None, b_down=None, *, activation, layout) -> Tensor:

@@ -94,24 +94,22 @@ def expected(dtype: torch.dtype, **case) -> tuple[Tensors, dict, Tensors, Tensor
     return tensors, options, same, truth
 
 
-def errors(dtype: torch.dtype, **case) -> dict[str, float]:
-    """How far PyTorch's own results are from the exact ones."""
-    _, _, same, truth = expected(dtype, **case)
-    return {name: (same[name] - x).abs().max().item() for name, x in truth.items() if x.numel()}
+FEW = 100  # numbers: the largest error of fewer is a matter of luck
 
 
-def check(dtype: torch.dtype, mlp: Callable[..., Results], *, draws: int = 1, **case) -> None:
-    """Assert the acceptance rule of one implementation for y and every gradient.
+def luck(dtype: torch.dtype, *, seed=0, draws=4, **case) -> dict[str, float]:
+    """What to allow beside 2 |torch_same_dtype - ref64|, so that this is PyTorch's largest error of some
+    draws of the same sizes, for results of few numbers."""
+    draws = [expected(dtype, seed=seed + i, **case)[2:] for i in range(draws if dtype.itemsize == 2 else 1)]
+    few = [name for name, x in draws[0][1].items() if 0 < x.numel() < FEW]
+    error = {name: [(same[name] - x[name]).abs().max().item() for same, x in draws] for name in few}
+    return {name: 2 * (max(x) - x[0]) for name, x in error.items()}
 
-    `draws`: PyTorch's error is its largest on so many draws of the same sizes. Where results are a few
-    numbers, one draw may happen to round well.
-    """
+
+def check(dtype: torch.dtype, mlp: Callable[..., Results], **case) -> None:
+    """Assert the acceptance rule of one implementation for y and every gradient."""
     tensors, options, same, truth = expected(dtype, **case)
-    first, *others = (errors(dtype, **case | {"seed": case.get("seed", 0) + i}) for i in range(draws))
-    slack = {
-        name: 2 * max(0.0, *(x[name] - error for x in others)) for name, error in first.items() if others
-    }
-    compare(run(tensors, mlp, **options), same, truth, dtype, slack)
+    compare(run(tensors, mlp, **options), same, truth, dtype, luck(dtype, **case))
 
 
 def dense(x, w_gate_up, w_down, b_gate_up=None, b_down=None, *, activation, layout) -> Tensor:

@@ -226,7 +226,7 @@ def check_shape(form, dtype, tier, d, n, **case):
     if dtype.itemsize == 2:  # of sums of two or three terms the error is luck; CASES have some
         d, n = max(d, 8), max(n, 8)
     with on_tier(tier):
-        check(dtype, NATIVE, draws=4, d=d, n=n, activation=form[0], layout=form[1], **case)
+        check(dtype, NATIVE, d=d, n=n, activation=form[0], layout=form[1], **case)
 
 
 @needs_native

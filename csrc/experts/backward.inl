@@ -75,56 +75,62 @@ struct Backward : Panels<F, E, P> {
         }
     }
 
-    // Units [begin, end) of the block.
+    // Units [begin, end) of the block. (Everything a loop needs is a copy: a store of words could change members.)
     template <int A>
     void activate(const Hidden& hidden, int64_t j, int64_t begin, int64_t end) {
-        for (int64_t panel = 0; panel < this->panels(); ++panel)
-            for (int64_t i = begin; i < end; i += Pair)
-                for (int64_t v = 0; v < this->vectors(panel); ++v) {
-                    B* to = (few ? lanes : dh + panel * hidden.rows() / Pair * W) + v * L;
-                    Vec<F> gate[Pair], up[Pair] = {};
-                    for (int u = 0; u < Pair; ++u) unit<A>(hidden, j, i + u, panel, v, gate[u], up[u]);
+        const int64_t size = chunk.size, padded = round_up(size, L), across = width, step = hidden.step;
+        const int64_t up = hidden.up, up_row = hidden.row(up) - hidden.row(0);  // from a gate to its up
+        const bool keep = g.dh != nullptr;
+        for (int64_t panel = 0; panel < this->panels(); ++panel) {
+            const int64_t lane0 = panel * W, vectors = this->vectors(panel);
+            B* const to = few ? lanes : dh + panel * hidden.rows() / Pair * W;
+            const F* const d_a = da + panel * hidden.units * W;
+            for (int64_t i = begin; i < end; i += Pair) {
+                const int64_t row =
+                    hidden.row(i * step);  // of the first unit's gate; the next is `step` rows on
+                const E* const h = static_cast<const E*>(p.h) + chunk.first * p.H + row * size + lane0;
+                E* const kept =
+                    keep ? static_cast<E*>(g.dh) + chunk.padded * p.H + row * padded + lane0 : nullptr;
+                E* const wa =
+                    keep ? static_cast<E*>(g.a) + chunk.padded * p.n + (j + i) * padded + lane0 : nullptr;
+                for (int64_t v = 0; v < vectors; ++v) {
+                    const int64_t lane = v * L, n = size - lane0 - lane;
+                    const Vec<F> weight = loadu<F>(weights + lane0 + lane);
+                    const Mask<F> inside = lane_numbers<F>(0) < F(n);  // elsewhere 0: 0 x inf is not
+                    Vec<F> d_gate[Pair], d_up[Pair] = {}, sum = loadu<F>(part + lane0 + lane);
+#pragma GCC unroll 2
+                    for (int u = 0; u < Pair; ++u) {
+                        const int64_t at = u * step * size + lane, to_keep = u * step * padded + lane;
+                        Vec<F> slope, a = bend<F, A>(load_lanes<F>(h + at, n), &slope);
+                        const Vec<F> d = select<F>(inside, loadu<F>(d_a + (i + u) * across + lane), Vec<F>{});
+                        const Vec<F> wd = d * weight;
+                        d_gate[u] = wd * slope;
+                        if (up) {
+                            const Vec<F> other = load_lanes<F>(h + at + up_row * size, n);
+                            d_up[u] = wd * a;
+                            d_gate[u] *= other;
+                            a *= other;
+                            if (keep) P::store(kept + to_keep + up_row * padded, d_up[u]);
+                        }
+                        sum += d * a;
+                        if (!keep) continue;
+                        P::store(kept + to_keep, d_gate[u]);
+                        P::store(wa + u * padded + lane, select<F>(inside, a * weight, Vec<F>{}));
+                    }
+                    storeu<F>(part + lane0 + lane, sum);
                     if constexpr (Pair == 1) {
-                        storeu<F>(to + i * hidden.step * width, gate[0]);
-                        if (hidden.up) storeu<F>(to + (i * hidden.step + hidden.up) * width, up[0]);
-                    } else if (hidden.step == 2) {
-                        storeu<B>(to + i * width, pair_lanes(gate[0], up[0]));
-                        storeu<B>(to + (i + 1) * width, pair_lanes(gate[1], up[1]));
+                        storeu<F>(to + i * step * across + lane, d_gate[0]);
+                        if (up) storeu<F>(to + (i * step + up) * across + lane, d_up[0]);
+                    } else if (step == 2) {
+                        storeu<B>(to + i * across + lane, pair_lanes(d_gate[0], d_up[0]));
+                        storeu<B>(to + (i + 1) * across + lane, pair_lanes(d_gate[1], d_up[1]));
                     } else {
-                        storeu<B>(to + i / 2 * width, pair_lanes(gate[0], gate[1]));
-                        if (hidden.up) storeu<B>(to + (i + hidden.up) / 2 * width, pair_lanes(up[0], up[1]));
+                        storeu<B>(to + i / 2 * across + lane, pair_lanes(d_gate[0], d_gate[1]));
+                        if (up) storeu<B>(to + (i + up) / 2 * across + lane, pair_lanes(d_up[0], d_up[1]));
                     }
                 }
-    }
-
-    // One hidden unit, one register of rows -> gradients of gate and up.
-    template <int A>
-    SLM_INLINE void unit(const Hidden& hidden, int64_t j, int64_t i, int64_t panel, int64_t v, Vec<F>& d_gate,
-                         Vec<F>& d_up) {
-        const int64_t lane = panel * W + v * L, n = chunk.size - lane, padded = round_up(chunk.size, L);
-        const E* h = static_cast<const E*>(p.h) + chunk.first * p.H + lane;
-        E* kept = g.dh ? static_cast<E*>(g.dh) + chunk.padded * p.H + lane : nullptr;
-        const Vec<F> weight = loadu<F>(weights + lane);
-        const Mask<F> inside = lane_numbers<F>(0) < F(n);  // elsewhere 0: 0 x inf is not
-        const int64_t row = hidden.row(i * hidden.step);
-        Vec<F> slope, a = bend<F, A>(load_lanes<F>(h + row * chunk.size, n), &slope);
-        const Vec<F> d =
-            select<F>(inside, loadu<F>(da + panel * hidden.units * W + i * width + v * L), Vec<F>{});
-        const Vec<F> wd = d * weight;
-        d_gate = wd * slope;
-        if (hidden.up) {
-            const int64_t up = hidden.row(i * hidden.step + hidden.up);
-            const Vec<F> u = load_lanes<F>(h + up * chunk.size, n);
-            d_up = wd * a;
-            d_gate *= u;
-            a *= u;
-            if (kept) P::store(kept + up * padded, d_up);
+            }
         }
-        storeu<F>(part + lane, loadu<F>(part + lane) + d * a);
-        if (!kept) return;
-        P::store(kept + row * padded, d_gate);
-        E* wa = static_cast<E*>(g.a) + chunk.padded * p.n + (j + i) * padded + lane;
-        P::store(wa, select<F>(inside, a * weight, Vec<F>{}));
     }
 
     void write_weights() {

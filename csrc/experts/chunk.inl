@@ -18,7 +18,7 @@ using slm::experts::Sum;
 
 constexpr int64_t kHidden = 64;  // hidden units of a block
 constexpr int64_t kRowBlock = 96;  // rows of a matrix used one after another on every panel
-constexpr int64_t kDepth = 128;  // steps of a sum; sums of sums round less than one long one
+constexpr int64_t kDepth = 256;  // steps of a sum; sums of sums round less than one long one
 constexpr int64_t kGroup = 1024;  // rows of an expert that a panel of its matrices' gradients takes at once
 
 // Consecutive rows or columns of a matrix that stand at `at` of a block.

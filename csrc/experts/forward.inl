@@ -62,40 +62,46 @@ struct Forward : Panels<F, E, P> {
         }
     }
 
-    // Adds the bias to a block of pre-activations, and keeps them for the backward.
+    // Adds the bias to a block of pre-activations, and keeps them for the backward. (On copies of what the loop
+    // needs: a store of words could change members.)
     void finish(const Hidden& hidden) {
         const E* bias = p.b_up ? static_cast<const E*>(p.b_up) + chunk.expert * p.H : nullptr;
         E* h = p.h ? static_cast<E*>(p.h) + chunk.first * p.H : nullptr;
         if (!bias && !h) return;
-        for (int64_t panel = 0; panel < this->panels(); ++panel)
+        const int64_t size = chunk.size, across = width;
+        for (int64_t panel = 0; panel < this->panels(); ++panel) {
+            const int64_t n = this->rows(panel);
+            F* const block = c + panel * hidden.rows() * W;
             for (int64_t r = 0; r < hidden.rows(); ++r) {
-                F* row = c + panel * hidden.rows() * W + r * width;
                 const F b = bias ? widen<F>(bias[hidden.row(r)]) : F(0);
-                E* to = h ? h + hidden.row(r) * chunk.size + panel * W : nullptr;
-                for (int64_t v = 0; v < this->vectors(panel); ++v) {
-                    const Vec<F> y = loadu<F>(row + v * L) + b;
-                    if (bias) storeu<F>(row + v * L, y);
-                    if (h) store_lanes<P>(to + v * L, y, this->rows(panel) - v * L);
+                E* to = h ? h + hidden.row(r) * size + panel * W : nullptr;
+                for (int64_t lane = 0; lane < n; lane += L) {
+                    const Vec<F> y = loadu<F>(block + r * across + lane) + b;
+                    if (bias) storeu<F>(block + r * across + lane, y);
+                    if (h) store_lanes<P>(to + lane, y, n - lane);
                 }
             }
+        }
     }
 
     template <int A>
     void activate(const Hidden& hidden, int64_t j) {
+        const int64_t across = width, step = hidden.step, up = hidden.up;
         for (int64_t panel = 0; panel < this->panels(); ++panel) {
-            B* to = few ? lanes : a + (panel * p.n + j) / Pair * W;
+            const int64_t n = this->rows(panel);
+            const F* const from = c + panel * hidden.rows() * W;
+            B* const to = few ? lanes : a + (panel * p.n + j) / Pair * W;
             for (int64_t i = 0; i < hidden.units; i += Pair)
-                for (int64_t v = 0; v < this->vectors(panel); ++v) {
-                    const F* first = c + panel * hidden.rows() * W + i * hidden.step * width + v * L;
-                    const auto unit = [&](int64_t u) {
-                        const F* gate = first + u * hidden.step * width;
+                for (int64_t lane = 0; lane < n; lane += L) {
+                    const auto unit = [=](int64_t u) {
+                        const F* gate = from + (i + u) * step * across + lane;
                         const Vec<F> y = bend<F, A>(loadu<F>(gate), nullptr);
-                        return hidden.up ? y * loadu<F>(gate + hidden.up * width) : y;
+                        return up ? y * loadu<F>(gate + up * across) : y;
                     };
                     if constexpr (Pair == 1)
-                        storeu<F>(to + i * width + v * L, unit(0));
+                        storeu<F>(to + i * across + lane, unit(0));
                     else
-                        storeu<B>(to + i / 2 * width + v * L, pair_lanes(unit(0), unit(1)));
+                        storeu<B>(to + i / 2 * across + lane, pair_lanes(unit(0), unit(1)));
                 }
         }
         if (few) this->turn(lanes, hidden.units, a, this->line(p.n), j);

@@ -48,36 +48,40 @@ struct Matrices {
             for (int64_t r = 0; r < M; r += kRowBlock) {
                 const int64_t count = M - r < kRowBlock ? M - r : kRowBlock;
                 F* sums = c + (whole ? 0 : r * W);
+                int64_t sums_row = W;
+                bool in_place = false;
+                if constexpr (std::is_same_v<E, F>)
+                    if (up && whole && lanes % L == 0) {
+                        sums = static_cast<F*>(g.dup) + (e * M + r) * p.d + column;
+                        sums_row = p.d, in_place = true;
+                    }
                 rows = 0;
                 for (const Chunk* chunk = from; chunk < to; ++chunk) {
-                    const int64_t padded = round_up(chunk->size, L);
+                    const int64_t padded = round_up(chunk->size, L), steps = (chunk->size + Pair - 1) / Pair;
                     const auto a = left(*chunk, up, r, count, padded);
                     const B* b = panel + rows / Pair * W;
+                    const int64_t vectors = (lanes + L - 1) / L;
                     if (chunk == first)
-                        gemm<P, false>(count, (lanes + L - 1) / L, padded / Pair, a.data, a.row, a.step, b, W,
-                                       sums, W);
+                        gemm<P, false>(count, vectors, steps, a.data, a.row, a.step, b, W, sums, sums_row);
                     else
-                        gemm<P, true>(count, (lanes + L - 1) / L, padded / Pair, a.data, a.row, a.step, b, W,
-                                      sums, W);
+                        gemm<P, true>(count, vectors, steps, a.data, a.row, a.step, b, W, sums, sums_row);
                     rows += padded;
                 }
-                if (to == last) write(up, e, r, M, column, lanes, sums);
+                if (to == last && !in_place) write(up, e, r, M, column, lanes, sums);
             }
         }
         if (up && column == 0 && g.db_up) sum_up(e, first, last);
         if (!up && g.db_down) sum_down(e, first, last, column, lanes);
     }
 
-    // Rows of x or dy at [rows / Pair][W] of the panel, padded with zeros; returns how many.
+    // Rows of x or dy at [rows / Pair][W] of the panel; returns how many are taken.
     int64_t gather(const Chunk& chunk, bool up, int64_t column, int64_t lanes, int64_t rows) {
         const E* x = static_cast<const E*>(up ? p.x : g.dy) + column;
-        const int64_t row = up ? p.x_row : g.dy_row, padded = round_up(chunk.size, L);
+        const int64_t row = up ? p.x_row : g.dy_row;
         const int64_t* token = p.token + chunk.first;
-        B* to = panel + rows / Pair * W;
-        pack_rows<P>([&](int64_t i) { return x + token[i] * row; }, chunk.size, lanes, W, to);
-        const int64_t steps = (chunk.size + Pair - 1) / Pair;
-        __builtin_memset(to + steps * W, 0, size_t((padded / Pair - steps) * W) * sizeof(B));
-        return padded;
+        pack_rows<P>([&](int64_t i) { return x + token[i] * row; }, chunk.size, lanes, W,
+                     panel + rows / Pair * W);
+        return round_up(chunk.size, L);
     }
 
     // Rows of dh^T or (w a)^T of a chunk.

@@ -7,8 +7,9 @@ import functools
 import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
-from rule import Results, Tensors, compare, rounded, run
+from rule import TIERS, Results, Tensors, compare, rounded, run
 from torch import Tensor
 
 from slmkernels import expert_mlp, segment_mlp
@@ -17,6 +18,11 @@ from slmkernels.ops.experts.reference import ACTIVATIONS, GATED
 MATRICES = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 LEAVES = ("x", "weights", *MATRICES)
 LAYOUTS = ("concatenated", "interleaved")
+FORMS = [
+    (name, layout) for name in ACTIVATIONS for layout in LAYOUTS if name in GATED or layout == LAYOUTS[0]
+]
+every_form = pytest.mark.parametrize(("activation", "layout"), FORMS)
+every_tier = pytest.mark.parametrize("tier", TIERS)
 ABSENT = (-1, 2**31 - 1, -(2**31))  # and E
 
 
@@ -125,8 +131,3 @@ def dense(x, w_gate_up, w_down, b_gate_up=None, b_down=None, *, activation, layo
         gate, up = h.chunk(2, -1)
         return functional.linear(act(gate) * up, w_down, b_down)
     return functional.linear(act(h), w_down, b_down)
-
-
-FORMS = [
-    (name, layout) for name in ACTIVATIONS for layout in LAYOUTS if name in GATED or layout == LAYOUTS[0]
-]

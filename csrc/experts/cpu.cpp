@@ -227,6 +227,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& indices, Optio
     const Tensor y = fresh(x, {p.T, p.d}, x.scalar_type(), false);
     const Tensor h = fresh(x, {save ? p.T * call.k * p.H : 0}, x.scalar_type(), false);
     p.h = save ? h.data_ptr() : nullptr;
+    if (save && !call.absent.empty()) {  // its rows stand last: nothing leaves an operator unwritten
+        const size_t row = size_t(p.H) * call.element();
+        std::memset(static_cast<char*>(p.h) + call.token.size() * row, 0, call.absent.size() * row);
+    }
     call.into(y, p, [&] { run(p.num_chunks, [&](Queue& queue) { kernels().forward(p, queue); }); });
     return {y, h};
 }

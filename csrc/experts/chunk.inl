@@ -188,9 +188,9 @@ __attribute__((noinline)) void dots(const E* m, int64_t row, int64_t rows, int64
 // What forward and backward of a chunk share: its rows as operands, and products with them.
 //
 // c, the results, is always [panel][rows of a matrix][width], a row of the chunk in each lane. An operand is
-// [panel][K / Pair][W], and of `few` rows, which would leave most lanes of a panel empty, [row][line(K)]: then
-// every element of a matrix is read into a register's own lane, once. Rows of a matrix are multiplied along the
-// lanes where K is contiguous (`dots`); else x is the broadcast operand, and the matrix the other.
+// [panel][K / Pair][W], and of `few` rows, which would leave most lanes of a panel empty, [row][line(K)]:
+// then every element of a matrix is read into a register's own lane, once. Rows of a matrix are multiplied
+// along the lanes where K is contiguous (`dots`); else x is the broadcast operand, and the matrix the other.
 template <typename F, typename E, typename P>
 struct Panels {
     using A = typename P::A;

@@ -1,5 +1,5 @@
-// The CPU operators of expert_mlp: check tensors, sort rows by expert, hand chunks of them to the kernels of the
-// tier in use.
+// The CPU operators of expert_mlp: check tensors, sort rows by expert, hand chunks of them to the kernels of
+// the tier in use.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

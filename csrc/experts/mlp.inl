@@ -1,7 +1,7 @@
 // Expert MLPs on the CPU, for one tier. A row is a token at one of its experts; rows are sorted by expert
 // (cpu.cpp), and a task is a chunk of up to kChunk rows of one expert:
 //
-//     h = w_up x + b_up      a = f(h), or f(gate) up      y = w (w_down a + b_down)      w: the routing weight
+//     h = w_up x + b_up     a = f(h), or f(gate) up     y = w (w_down a + b_down)     w: the routing weight
 //
 // and backward, from h as it was saved:
 //

@@ -26,9 +26,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 LOW = {"q", "k", "v", "phi_q", "phi_k", "o"}  # in the call's dtype; all else in float32 at least
-COTANGENTS = ("do", "dstate", "dnormalizer")  # of the results, beside the arguments of a call
+LOW |= {"x", "w_gate_up", "w_down", "b_gate_up", "b_down", "y"}
+COTANGENTS = ("do", "dstate", "dnormalizer", "dy")  # of the results, beside the arguments of a call
 Tensors = dict[str, Tensor]
-Results = tuple[Tensor, Tensor, Tensor | None]  # o, state, normalizer
+Results = tuple[Tensor, Tensor, Tensor | None] | Tensors  # o, state, normalizer; or with names of their own
 
 
 @contextlib.contextmanager
@@ -53,18 +54,25 @@ def on_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def is_low(name: str) -> bool:
+    """Is this argument, result or gradient in the call's dtype?"""
+    return name in LOW or name.removeprefix("d") in LOW
+
+
 def rounded(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """The tensors as a call in dtype gets them."""
     high = torch.promote_types(dtype, torch.float32)
-    return {name: x.to(dtype if name in LOW or name == "do" else high) for name, x in tensors.items()}
+    return {name: x.to(dtype if is_low(name) else high) for name, x in tensors.items()}
 
 
 def run(tensors: Tensors, attend: Callable[..., Results], **options) -> Tensors:
-    """All results of one implementation and all gradients, from o and from the final states."""
+    """All results of one implementation and all gradients, from every result."""
     leaves = {
         name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name not in COTANGENTS
     }
-    results = dict(zip(("o", "state", "normalizer"), attend(**leaves, **options), strict=True))
+    results = attend(**leaves, **options)
+    if not isinstance(results, dict):
+        results = dict(zip(("o", "state", "normalizer"), results, strict=True))
     results = {name: x for name, x in results.items() if x is not None}
     linked = [name for name, x in results.items() if x.requires_grad]
     gradients = [torch.zeros_like(x) for x in leaves.values()]
@@ -86,8 +94,8 @@ def compare(
     """Assert the acceptance rule for every result; `slack` is allowed beside it."""
     assert ours.keys() == truth.keys()
     for name, x in truth.items():
-        low = name in LOW or name.removeprefix("d") in LOW
-        assert ours[name].dtype == (dtype if low else torch.promote_types(dtype, torch.float32)), name
+        expected = dtype if is_low(name) else torch.promote_types(dtype, torch.float32)
+        assert ours[name].dtype == expected, name
         assert ours[name].shape == x.shape, name
         if x.numel() == 0:
             continue

@@ -103,21 +103,21 @@ void store_transposed(const F* from, int64_t K, int64_t stride, int64_t columns,
         for (int64_t e = 0; e < columns; ++e) to[d * stride + e] = from[e * width + d];
 }
 
-// to[row][n] = sum over parts of from[row][part][n], for rows [begin, end).
-template <typename F, typename E>
+// to[row][n] = sum over parts of from[row][part][n], for rows [begin, end); parts are stored as X.
+template <typename F, typename E, typename X = F>
 void sum_part_rows(const void* from, void* to, int64_t parts, int64_t n, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-        const F* x = static_cast<const F*>(from) + row * parts * n;
+        const X* x = static_cast<const X*>(from) + row * parts * n;
         E* y = static_cast<E*>(to) + row * n;
         int64_t d = 0;
         for (; d + kLanes<F> <= n; d += kLanes<F>) {
-            Vec<F> sum = loadu<F>(x + d);
-            for (int64_t part = 1; part < parts; ++part) sum += loadu<F>(x + part * n + d);
+            Vec<F> sum = load<F>(x + d);
+            for (int64_t part = 1; part < parts; ++part) sum += load<F>(x + part * n + d);
             ::store<F>(y + d, sum);
         }
         for (; d < n; ++d) {
-            F sum = x[d];
-            for (int64_t part = 1; part < parts; ++part) sum += x[part * n + d];
+            F sum = widen<F>(x[d]);
+            for (int64_t part = 1; part < parts; ++part) sum += widen<F>(x[part * n + d]);
             narrow(sum, y + d);
         }
     }

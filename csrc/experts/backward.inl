@@ -75,7 +75,8 @@ struct Backward : Panels<F, E, P> {
         }
     }
 
-    // Units [begin, end) of the block. (Everything a loop needs is a copy: a store of words could change members.)
+    // Units [begin, end) of the block. (Everything a loop needs is a copy: a store of words could change
+    // members.)
     template <int A>
     void activate(const Hidden& hidden, int64_t j, int64_t begin, int64_t end) {
         const int64_t size = chunk.size, padded = round_up(size, L), across = width, step = hidden.step;

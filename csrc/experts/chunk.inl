@@ -189,9 +189,9 @@ __attribute__((noinline)) void dots(const E* m, int64_t row, int64_t rows, int64
 // What forward and backward of a chunk share: its rows as operands, and products with them.
 //
 // c, the results, is always [panel][rows of a matrix][width], a row of the chunk in each lane. An operand is
-// [panel][K / Pair][W], and of `few` rows, which would leave most lanes of a panel empty, [row][line(K)]: then
-// every element of a matrix is read into a register's own lane, once. Rows of a matrix are multiplied along the
-// lanes where K is contiguous (`dots`); else x is the broadcast operand, and the matrix the other.
+// [panel][K / Pair][W], and of `few` rows, which would leave most lanes of a panel empty, [row][line(K)]:
+// then every element of a matrix is read into a register's own lane, once. Rows of a matrix are multiplied
+// along the lanes where K is contiguous (`dots`); else x is the broadcast operand, and the matrix the other.
 template <typename F, typename E, typename P>
 struct Panels {
     using A = typename P::A;
@@ -327,20 +327,13 @@ struct Panels {
         if constexpr (Add) add(c, turned, count * L);
     }
 
-    // c [panel][count][width] -> elements [r, r + count) of the rows of y, or of parts; with a factor for each
-    // row if given.
+    // c [panel][count][width] -> elements [r, r + count) of the rows; with a factor for each row if given.
     void write(const F* c, int64_t c_stride, int64_t r, int64_t count, const F* factor) const {
         for (int64_t panel = 0; panel < panels(); ++panel) {
             const int64_t* to = p.to + sorted(panel);
-            const F* times = factor ? factor + panel * W : nullptr;
-            const F* from = c + panel * c_stride;
-            if (p.parts) {
-                const auto at = [&](int64_t i) { return static_cast<F*>(p.parts) + to[i] * p.d + r; };
-                unpack_transposed<P, false>(from, width, times, rows(panel), count, at);
-            } else {
-                const auto at = [&](int64_t i) { return static_cast<E*>(p.y) + to[i] * p.d + r; };
-                unpack_transposed<P, false>(from, width, times, rows(panel), count, at);
-            }
+            const auto at = [&](int64_t i) { return static_cast<E*>(p.y) + to[i] * p.d + r; };
+            unpack_transposed<P, false>(c + panel * c_stride, width, factor ? factor + panel * W : nullptr,
+                                        rows(panel), count, at);
         }
     }
 

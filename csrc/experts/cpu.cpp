@@ -1,5 +1,5 @@
-// The CPU operators of expert_mlp: check tensors, sort rows by expert, hand chunks of them to the kernels of the
-// tier in use.
+// The CPU operators of expert_mlp: check tensors, sort rows by expert, hand chunks of them to the kernels of
+// the tier in use.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -70,7 +70,7 @@ struct Call {
     Optional weights, b_up, b_down;
     int64_t E, k;
     bool parts;  // rows of a token are added up
-    std::vector<int64_t> token, to, absent;  // `absent`: rows of y, or of parts, that no expert writes
+    std::vector<int64_t> token, to, absent;  // `absent`: rows that no expert writes
     std::vector<double> sorted;  // weights, as float or double
     std::vector<Chunk> chunks;
     std::vector<int64_t> of_expert;  // [E + 1], into chunks
@@ -198,22 +198,17 @@ struct Call {
     size_t element() const { return size_t(x.element_size()); }
     size_t wide() const { return problem.dtype == Dtype::f64 ? sizeof(double) : sizeof(float); }
 
-    // Has `body` write rows into y [T, d], by way of parts where a token has several.
+    // Has `body` write its rows into y [T, d], by way of [T, k, d] where a token has several.
     template <typename Body>
     void into(const Tensor& y, Problem& p, Body&& body) const {
-        Tensor rows;
-        p.y = y.data_ptr();
-        if (parts) {
-            rows = fresh(x, {p.T * k, p.d}, statistics_type(p.dtype), false);
-            p.parts = rows.data_ptr();
-        }
-        char* const to_zero = static_cast<char*>(parts ? p.parts : p.y);
-        const size_t bytes = size_t(p.d) * (parts ? wide() : element());
-        for (const int64_t row : absent) std::memset(to_zero + size_t(row) * bytes, 0, bytes);
+        const Tensor rows = parts ? fresh(x, {p.T * k, p.d}, x.scalar_type(), false) : y;
+        p.y = rows.data_ptr();
+        const size_t bytes = size_t(p.d) * element();
+        for (const int64_t row : absent) std::memset(static_cast<char*>(p.y) + size_t(row) * bytes, 0, bytes);
         body();
         if (!parts) return;
         const auto& tier = kernels();
-        const Sum sum{p.dtype, p.dot, p.parts, p.y, k, p.d};
+        const Sum sum{p.dtype, p.dot, p.y, y.data_ptr(), k, p.d};
         torch::stable::parallel_for(0, p.T, std::max<int64_t>(1, kGrain / (k * p.d)),
                                     [&](int64_t begin, int64_t end) { tier.sum(sum, begin, end); });
     }
@@ -227,6 +222,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& indices, Optio
     const Tensor y = fresh(x, {p.T, p.d}, x.scalar_type(), false);
     const Tensor h = fresh(x, {save ? p.T * call.k * p.H : 0}, x.scalar_type(), false);
     p.h = save ? h.data_ptr() : nullptr;
+    if (save && !call.absent.empty()) {  // its rows stand last: nothing leaves an operator unwritten
+        const size_t row = size_t(p.H) * call.element();
+        std::memset(static_cast<char*>(p.h) + call.token.size() * row, 0, call.absent.size() * row);
+    }
     call.into(y, p, [&] { run(p.num_chunks, [&](Queue& queue) { kernels().forward(p, queue); }); });
     return {y, h};
 }

@@ -62,8 +62,8 @@ struct Forward : Panels<F, E, P> {
         }
     }
 
-    // Adds the bias to a block of pre-activations, and keeps them for the backward. (On copies of what the loop
-    // needs: a store of words could change members.)
+    // Adds the bias to a block of pre-activations, and keeps them for the backward. (On copies of what the
+    // loop needs: a store of words could change members.)
     void finish(const Hidden& hidden) {
         const E* bias = p.b_up ? static_cast<const E*>(p.b_up) + chunk.expert * p.H : nullptr;
         E* h = p.h ? static_cast<E*>(p.h) + chunk.first * p.H : nullptr;

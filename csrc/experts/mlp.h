@@ -33,15 +33,15 @@ struct Problem {
     Matrix up, down;
     const void *b_up, *b_down;  // [E, H], [E, d], or null
     const void* weights;        // of each sorted row, float (f64: double), or null: 1
-    const int64_t *token, *to;  // of each sorted row: its token, and the row of y (or `parts`) it writes
+    const int64_t *token, *to;  // of each sorted row: its token, and the row of y it writes
     const Chunk* chunks;
     int64_t num_chunks;
     void* h;  // of each chunk [H][size], in the storage type, or null
-    void *y, *parts;  // [T, d]; if parts is given, [T k, d] in float, its rows are written instead
+    void* y;  // rows of d elements: [T, d], or [T k, d] to be added up
 };
 
 struct Gradient {
-    Problem problem;  // y and parts are dx and its parts
+    Problem problem;  // y is dx
     bool need_x, need_w;
     const void* dy;  // [T, d]
     int64_t dy_row;
@@ -57,7 +57,7 @@ struct Gradient {
 struct Sum {
     Dtype dtype;
     bool dot;
-    const void* parts;
+    const void* parts;  // in the storage type
     void* y;
     int64_t k, d;
 };

@@ -23,10 +23,10 @@
 // A task is kBlock tokens. Sums over tokens are made in the lanes of a block, then over the blocks, which
 // follow from the shape, in their order: the same bits for any number of threads.
 //
-// Measured, one core of an AMD Zen 4, T = 2048, float32, renormalised softmax (sigmoids: + 40 % of either), us,
-// beside PyTorch's softmax, topk, division, bincount, mean and logsumexp: E = 8, k = 2: forward 38 (450),
-// backward 49 (300); E = 64, k = 2: 114 (1540), 84 (370); E = 64, k = 8: 173 (1840), 110 (385); E = 256, k = 8:
-// 570 (5900), 248 (1300). One token, E = 64, k = 8: 12 (36), of which the seven outputs take most. Tried:
+// Measured, one core of an AMD Zen 4, T = 2048, float32, renormalised softmax (sigmoids: + 40 % of either),
+// us, beside PyTorch's softmax, topk, division, bincount, mean and logsumexp: E = 8, k = 2: forward 38 (450),
+// backward 49 (300); E = 64, k = 2: 114 (1540), 84 (370); E = 64, k = 8: 173 (1840), 110 (385); E = 256, k =
+// 8: 570 (5900), 248 (1300). One token, E = 64, k = 8: 12 (36), of which the seven outputs take most. Tried:
 //   - backward with a token's chosen experts across the lanes: E = 64, k = 2: 178, since what is stored one by
 //     one and loaded as a register stalls;
 //   - partial registers always through a copy: E = 8: forward 56, backward 101.
@@ -65,7 +65,8 @@ SLM_INLINE Vec<F> load_logits(const Problem& p, int64_t t, int64_t e, int64_t n)
     return select<F>(kept, load<F>(from), splat<F>(-kInf<F>));
 }
 
-// 0 where no expert is allowed and where the greatest logit is inf (which leaves NaN and zeros), else 1 / sum.
+// 0 where no expert is allowed and where the greatest logit is inf (which leaves NaN and zeros), else 1 /
+// sum.
 template <typename F>
 SLM_INLINE Vec<F> reciprocal(Vec<F> sum, Vec<F> top) {
     return select<F>((sum == F(0)) | (top == kInf<F>), Vec<F>{}, F(1) / sum);
@@ -90,8 +91,8 @@ SLM_INLINE void score_of(Vec<F> x, Vec<F>& s, Vec<F>& rest) {
 
 // ---- forward
 
-// The k greatest of `choice` [n][L] in each lane and their numbers, sorted, in slots 1 to k; slot 0 is none's.
-// -inf is nobody's (its number is -1), NaN counts as inf.
+// The k greatest of `choice` [n][L] in each lane and their numbers, sorted, in slots 1 to k; slot 0 is
+// none's. -inf is nobody's (its number is -1), NaN counts as inf.
 template <typename F, int K>
 void find_best(const F* choice, int64_t n, int64_t k, Vec<F>* values, Mask<F>* numbers) {
     Vec<F> held[K + 1];

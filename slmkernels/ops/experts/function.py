@@ -47,6 +47,8 @@ def check_matrices(x, w_gate_up, w_down, b_gate_up, b_down, activation, layout) 
     if layout not in LAYOUTS:
         fail("layout", layout, f"one of {', '.join(LAYOUTS)}")
     check_float_tensor("x", x, 2, "[T, d]")
+    if x.shape[1] < 1:
+        fail("x", x, "at least one channel")
     named = {"w_gate_up": (w_gate_up, 3, "[E, 2n, d]"), "w_down": (w_down, 3, "[E, d, n]")}
     named |= {"b_gate_up": (b_gate_up, 2, "[E, 2n]"), "b_down": (b_down, 2, "[E, d]")}
     for name, (value, ndim, letters) in named.items():
@@ -58,8 +60,6 @@ def check_matrices(x, w_gate_up, w_down, b_gate_up, b_down, activation, layout) 
     for name in present:
         check_like(name, matrices[name], "x", x)
     (E, d, n), factor = w_down.shape, 2 if activation in reference.GATED else 1
-    if x.shape[1] < 1:
-        fail("x", x, "at least one channel")
     if E < 1 or n < 1 or d != x.shape[1]:
         fail("w_down", w_down, f"shape [E, {x.shape[1]}, n] to go with x, E and n at least 1")
     rows = f"2n = {2 * n}" if factor == 2 else f"n = {n} ({activation} has no gate)"
@@ -270,6 +270,6 @@ def fake_backward(
     return like(x, need_x), dweights, *matrices
 
 
-if native.HAS_CPU:
-    torch.library.register_fake("slmkernels::expert_mlp_forward", fake_forward)
-    torch.library.register_fake("slmkernels::expert_mlp_backward", fake_backward)
+for _prefix in ["", "triton_"] if native.HAS_CPU else ["triton_"]:
+    torch.library.register_fake(f"slmkernels::{_prefix}expert_mlp_forward", fake_forward)
+    torch.library.register_fake(f"slmkernels::{_prefix}expert_mlp_backward", fake_backward)

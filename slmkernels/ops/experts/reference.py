@@ -85,11 +85,12 @@ def expert_mlp(x, indices, weights, w_gate_up, w_down, b_gate_up, b_down, activa
     """Expert after expert: its tokens' rows, its two matrices, their weighted sum. -> y [T, d]."""
     high = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros(x.shape, dtype=high)
-    for e, (up, down) in enumerate(zip(w_gate_up, w_down, strict=True)):  # gradients of w[e] fill all of w
+    matrices = (w_gate_up, w_down, b_gate_up, b_down)
+    parts = ([None] * len(w_down) if m is None else m.unbind() for m in matrices)  # one backward for all
+    for e, (w_up, w_out, b_up, b_out) in enumerate(zip(*parts, strict=True)):
         token, slot = torch.nonzero(indices == e, as_tuple=True)
-        b_up, b_out = (None if b is None else b[e] for b in (b_gate_up, b_down))
-        a = activate(F.linear(x[token], up, b_up), activation, interleaved)
-        row = F.linear(a, down, b_out).to(high)
+        a = activate(F.linear(x[token], w_up, b_up), activation, interleaved)
+        row = F.linear(a, w_out, b_out).to(high)
         y = y.index_add(0, token, row if weights is None else weights[token, slot, None].to(high) * row)
     return y.to(x.dtype)
 

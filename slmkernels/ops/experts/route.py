@@ -236,6 +236,6 @@ def fake_backward(dweights, dprobabilities, dz, logits, mask, indices, lse, scor
     return logits.new_empty(logits.shape)
 
 
-if native.HAS_CPU:
-    torch.library.register_fake("slmkernels::route_forward", fake_forward)
-    torch.library.register_fake("slmkernels::route_backward", fake_backward)
+for _prefix in ["", "triton_"] if native.HAS_CPU else ["triton_"]:
+    torch.library.register_fake(f"slmkernels::{_prefix}route_forward", fake_forward)
+    torch.library.register_fake(f"slmkernels::{_prefix}route_backward", fake_backward)

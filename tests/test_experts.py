@@ -208,6 +208,17 @@ def test_every_tier_of_many_tokens(tier, dtype):
 
 @needs_native
 @every_dtype
+@every_tier
+@pytest.mark.parametrize("transposed", [False, True])
+def test_interleaved_rows_of_very_wide_matrices(transposed, tier, dtype):
+    """A block of gates and ups is the largest piece of a matrix that is copied."""
+    sizes = {"T": 20, "d": 8200, "n": 64, "E": 1, "k": 1, "biases": False}
+    with on_tier(tier):
+        check(dtype, NATIVE, **sizes, layout="interleaved", transposed=transposed)
+
+
+@needs_native
+@every_dtype
 @pytest.mark.parametrize(
     ("T", "k"), [(1, 4), (1, 8), (4, 2), (2, 31), (7, 9), (64, 1), (32, 2), (13, 5), (65, 1), (33, 2)]
 )
@@ -349,6 +360,25 @@ def test_an_expert_that_is_absent_equals_a_model_without_it(dtype, backend):
         assert not ours[f"d{name}"][4].any()
         ours[f"d{name}"] = ours[f"d{name}"][:4]
     same_bits(ours, run(removed, public(backend), **options))
+
+
+@needs_native
+@every_dtype
+@every_tier
+@pytest.mark.parametrize("name", ["x", "dy"])
+@pytest.mark.parametrize("T", [3, 40])
+@pytest.mark.parametrize("n", [1, 5, 17, 34])
+def test_nan_of_a_token_stays_with_it(n, T, name, tier, dtype):
+    """The other tokens' bits are those of a run without it, of the same expert too."""
+    with on_tier(tier):
+        for transposed, layout in itertools.product((False, True), ("concatenated", "interleaved")):
+            tensors, options = make(T=T, d=37, n=n, E=1, k=1, transposed=transposed, layout=layout)
+            tensors = rounded(tensors, dtype)
+            spoilt = tensors | {name: tensors[name].clone()}
+            spoilt[name][1] = math.nan
+            ours, clean = run(spoilt, NATIVE, **options), run(tensors, NATIVE, **options)
+            others = torch.arange(T) != 1
+            same_bits(*({key: r[key][others] for key in ("y", "dx", "dweights")} for r in (ours, clean)))
 
 
 @every_backend

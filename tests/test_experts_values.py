@@ -18,6 +18,7 @@ from rule import (
     same_bits,
 )
 
+from slmkernels import expert_mlp
 from slmkernels.ops.experts.reference import GATED
 
 # --- activations, one value at a time
@@ -183,3 +184,12 @@ def test_nan_of_a_segment_stays_there(dtype, backend):
             spoilt["x"][span] = math.nan
             rows = {"y": span, "dx": span, "dw_gate_up": experts, "dw_down": experts, "db_gate_up": experts}
             same_but(run(spoilt, public(backend), **options), clean, **(rows if experts else {}))
+
+
+@every_backend
+def test_terms_may_leave_float16_where_their_sum_does_not(backend):
+    x = torch.ones(1, 1, dtype=torch.float16)
+    up, down = torch.full((2, 1, 1), 200.0).half(), torch.ones(2, 1, 1).half()
+    indices, weights = torch.tensor([[0, 1]]), torch.tensor([[2.0, -1.9]])
+    y = expert_mlp(x, indices, weights, up, down, activation="relu2", backend=backend)
+    torch.testing.assert_close(y, torch.full((1, 1), 4000.0).half(), rtol=1e-3, atol=0)

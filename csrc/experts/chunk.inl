@@ -107,6 +107,10 @@ SLM_INLINE void store_lanes(E* p, Vec<typename P::Acc> x, int64_t n) {
     for (int64_t l = 0; l < n; ++l) narrow(lanes[l], p + l);
 }
 
+// What rows that are added up are stored as: a term may leave float16's range where the sum does not.
+template <typename F, typename E>
+using PartOf = std::conditional_t<std::is_same_v<E, Half>, F, E>;
+
 // One step of P along the rows of a matrix, a register of them; `partial`: n of them, the others zero.
 template <typename P, typename E>
 SLM_INLINE Vec<typename P::B> load_steps(const E* p) {
@@ -329,9 +333,16 @@ struct Panels {
 
     // c [panel][count][width] -> elements [r, r + count) of the rows; with a factor for each row if given.
     void write(const F* c, int64_t c_stride, int64_t r, int64_t count, const F* factor) const {
+        if constexpr (!std::is_same_v<E, PartOf<F, E>>)
+            if (p.parts) return write_rows<PartOf<F, E>>(c, c_stride, r, count, factor);
+        write_rows<E>(c, c_stride, r, count, factor);
+    }
+
+    template <typename X>
+    void write_rows(const F* c, int64_t c_stride, int64_t r, int64_t count, const F* factor) const {
         for (int64_t panel = 0; panel < panels(); ++panel) {
             const int64_t* to = p.to + sorted(panel);
-            const auto at = [&](int64_t i) { return static_cast<E*>(p.y) + to[i] * p.d + r; };
+            const auto at = [&](int64_t i) { return static_cast<X*>(p.y) + to[i] * p.d + r; };
             unpack_transposed<P, false>(c + panel * c_stride, width, factor ? factor + panel * W : nullptr,
                                         rows(panel), count, at);
         }

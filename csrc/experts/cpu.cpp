@@ -201,9 +201,10 @@ struct Call {
     // Has `body` write its rows into y [T, d], by way of [T, k, d] where a token has several.
     template <typename Body>
     void into(const Tensor& y, Problem& p, Body&& body) const {
-        const Tensor rows = parts ? fresh(x, {p.T * k, p.d}, x.scalar_type(), false) : y;
-        p.y = rows.data_ptr();
-        const size_t bytes = size_t(p.d) * element();
+        const ScalarType type = p.dtype == Dtype::f16 ? ScalarType::Float : x.scalar_type();
+        const Tensor rows = parts ? fresh(x, {p.T * k, p.d}, type, false) : y;
+        p.y = rows.data_ptr(), p.parts = parts;
+        const size_t bytes = size_t(p.d) * size_t(rows.element_size());
         for (const int64_t row : absent) std::memset(static_cast<char*>(p.y) + size_t(row) * bytes, 0, bytes);
         body();
         if (!parts) return;

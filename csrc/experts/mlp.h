@@ -37,7 +37,8 @@ struct Problem {
     const Chunk* chunks;
     int64_t num_chunks;
     void* h;  // of each chunk [H][size], in the storage type, or null
-    void* y;  // rows of d elements: [T, d], or [T k, d] to be added up
+    bool parts;  // y are rows of T k to be added up, of float16 in float
+    void* y;     // rows of d elements
 };
 
 struct Gradient {
@@ -57,7 +58,7 @@ struct Gradient {
 struct Sum {
     Dtype dtype;
     bool dot;
-    const void* parts;  // in the storage type
+    const void* parts;
     void* y;
     int64_t k, d;
 };

@@ -74,7 +74,7 @@ void matrix_tasks(const Gradient& g, Queue& queue) {
 
 template <typename F, typename E, typename P>
 void sum_rows(const Sum& s, int64_t begin, int64_t end) {
-    sum_part_rows<F, E, E>(s.parts, s.y, s.k, s.d, begin, end);
+    sum_part_rows<F, E, PartOf<F, E>>(s.parts, s.y, s.k, s.d, begin, end);
 }
 
 void expert_forward(const Problem& p, Queue& queue) {

@@ -196,9 +196,9 @@ class ExpertSet(nn.Module):
         Args:
             from_: a copy of the expert of this index; or of tensors as `expert` gives them, in which what is
                 the router's may be missing; or None. What is not copied has its initial value.
-            optimizer: the one that holds this module's parameters, with a state in their shape (not LBFGS or
-                Adafactor): it goes on with the new ones, and its state of the new expert is zero. Its count of
-                steps stays: in Adam's long run the first steps of the new rows are up to
+            optimizer: the one that holds this module's parameters, with a state in their shape (not LBFGS
+                or Adafactor): it goes on with the new ones, its state of the new expert is zero, and its
+                count of steps stays: in Adam's long run the first steps of the new rows are up to
                 `(1 - beta1) / sqrt(1 - beta2)` times the learning rate.
 
         Returns:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from expert_modules import RICH, close, domain, sparse, tokens
 
-from slmkernels.nn import ExpertLoRA, FeedForward
+from slmkernels.nn import ExpertLoRA, FeedForward, hold_frozen
 
 CALLS = {
     "sparse": (lambda: sparse(**RICH), (tokens(3, 4),), {}),
@@ -99,6 +99,20 @@ def test_masks_routing_and_freezing_are_the_base_s():
         assert p.grad[2].any()
 
 
+def test_updates_of_frozen_experts_can_be_held():
+    lora, x = stirred(ExpertLoRA(sparse(), 2)), tokens(20)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1, weight_decay=0.5)
+    hold_frozen(lora, optimizer)
+    lora.base.freeze(1)
+    before = {name: w.detach().clone() for name, w in lora.effective_weights().items()}
+    for _ in range(3):
+        lora(x).sum().backward()
+        optimizer.step()
+    for name, w in lora.effective_weights().items():
+        assert torch.equal(w[1], before[name][1])
+        assert not torch.equal(w[2], before[name][2])
+
+
 def test_what_did_not_learn_before_does_not_learn_after():
     base = sparse()
     base.router.requires_grad_(False)
@@ -128,5 +142,8 @@ def test_errors():
         ExpertLoRA(sparse(), 2, scale=float("inf"))
     lora = ExpertLoRA(sparse(), 2)
     lora.base.remove_expert(0)
-    with pytest.raises(ValueError, match=r"base has 3 experts; expected 4"):
+    with pytest.raises(ValueError, match=r"base has 3 experts, some added.*expected the 4"):
+        lora(tokens(3))
+    lora.base.add_expert()  # as many as at first, and not the same
+    with pytest.raises(ValueError, match=r"base has 4 experts, some added or removed"):
         lora(tokens(3))

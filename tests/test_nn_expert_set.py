@@ -378,8 +378,8 @@ def test_wrong_experts_are_named(i):
 @pytest.mark.parametrize(
     ("from_", "message"),
     [
-        (7, "i is 7"),
-        (True, "i is True"),
+        (7, "from_ is 7"),
+        (True, "from_ is True"),
         ("first", "from_ is 'first'"),
         ({"w_down": torch.zeros(6, 5)}, r"from_ is \['w_down'\].*w_down, w_gate_up, and perhaps router"),
         ({"w_down": torch.zeros(6, 5), "w_gate_up": torch.zeros(5, 6)}, r"from_\['w_gate_up'\].*\[10, 6\]"),
@@ -400,8 +400,20 @@ def test_wrong_surgery_is_named():
         m.remove_expert(0, optimizer=3)
     with pytest.raises(ValueError, match=r"optimizer is .*SGD.*holds parameters of this module"):
         m.add_expert(optimizer=torch.optim.SGD(sparse().parameters(), lr=1.0))
+    for make in (torch.optim.LBFGS, torch.optim.Adafactor):
+        optimizer = make(m.parameters(), lr=0.1)
+        if make is torch.optim.Adafactor:  # its state is there after a step
+            m(tokens(9)).sum().backward()
+            optimizer.step()
+        with pytest.raises(ValueError, match=rf"optimizer is .*{make.__name__}.*a parameter's shape"):
+            m.remove_expert(0, optimizer)
+        assert m.num_experts == 4
     with pytest.raises(ValueError, match=r"i is 0.*more than one expert"):
         sparse(num_experts=1, top_k=1).remove_expert(0)
+    with pytest.raises(TypeError, match=r"module is 3"):
+        hold_frozen(3, optimizer)
+    with pytest.raises(TypeError, match=r"optimizer is None"):
+        hold_frozen(m, None)
     grouped = sparse(num_groups=2, top_groups=1)
     for act in (lambda: grouped.remove_expert(0), grouped.add_expert):
         with pytest.raises(ValueError, match=r"num_groups is 2.*mask_expert"):

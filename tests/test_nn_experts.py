@@ -241,6 +241,25 @@ def test_the_selection_bias_follows_the_load_of_allowed_experts():
     close(m.selection_bias - before, torch.tensor([-0.5, 0, 0.5, 0, 0]), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_selection_bias_stays_float32(dtype):
+    m = sparse(selection_bias=True)
+    m.selection_bias.fill_(0.5)
+    m = m.to(dtype)
+    m.update_selection_bias(torch.tensor([9, 1, 1, 1]), 1e-4)
+    assert torch.equal(m.selection_bias, torch.tensor([0.5 - 1e-4, 0.5001, 0.5001, 0.5001]))
+    assert m(tokens(3).to(dtype)).dtype == dtype
+    assert m.double().selection_bias.dtype == torch.float64
+
+
+def test_the_selection_bias_is_float32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert SparseExperts(4, 4, 2, selection_bias=True).selection_bias.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_feed_forward_layer_is_its_definition():
     torch.manual_seed(0)
     for activation in ("swiglu", "geglu", "relu2"):
@@ -319,3 +338,10 @@ def test_wrong_arguments_of_domain_experts_are_named():
         domain(num_experts=0)
     with pytest.raises(ValueError, match=r"activation is 'tanh'"):
         FeedForward(4, 4, activation="tanh")
+
+
+@pytest.mark.parametrize("changes", [{"dim": 0}, {"hidden": 1.5}, {"bias": 1}, {"activation": "tanh"}])
+def test_wrong_arguments_of_feed_forward_are_named(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises((TypeError, ValueError), match=f"{name} is {value!r}"):
+        FeedForward(**{"dim": 4, "hidden": 4, **changes})

@@ -149,13 +149,14 @@ def test_packed_equals_separate():
         ({"expert_shared": 1.5}, "expert_shared is 1.5"),
         ({"expert_every": 3}, "expert_every is 3.*at most num_layers 2"),
         ({"expert_balance": -1.0}, "expert_balance is -1.0"),
+        ({"expert_balance": "x"}, "expert_balance is 'x'"),
         ({"expert_z": math.inf}, "expert_z is inf"),
         ({"expert_bias_rate": -0.1}, "expert_bias_rate is -0.1"),
         ({"experts": 0, "expert_top_k": 1}, "expert_top_k is 1.*2 without experts"),
     ],
 )
 def test_wrong_configurations_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         SmallLMConfig(**{"num_layers": 2, "experts": 4, **changes})
 
 

@@ -27,7 +27,7 @@ from ..nn.hybrid_attention import POSITIVE_MAPS
 from ..nn.linear_attention import MODES
 from ..ops.experts.route import Routing
 from ..ops.hybrid.function import ALIGNMENTS
-from ..validation import expect
+from ..validation import check_number, expect
 
 DOCUMENT = 0xFF  # the token between two documents
 
@@ -116,7 +116,7 @@ class SmallLMConfig:
             expect(default or (type(value) is int and value >= low), name, value, f"an int >= {low}")
         for name in ("expert_balance", "expert_z", "expert_bias_rate"):
             value = getattr(self, name)
-            expect(0 <= value < float("inf"), name, value, "a finite number >= 0")
+            expect(check_number(name, value) >= 0, name, value, "a finite number >= 0")
         if self.experts:
             hint = f"at most the {self.experts} experts"
             expect(self.expert_top_k <= self.experts, "expert_top_k", self.expert_top_k, hint)

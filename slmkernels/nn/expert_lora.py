@@ -36,7 +36,8 @@ class ExpertLoRA(nn.Module):
         gate_up_a `[E, r, C]`: normal, std `C ** -0.5`; down_a `[E, r, n]`: normal, std `n ** -0.5`;
         gate_up_b `[E, 2n, r]` and down_b `[E, C, r]`: 0, so that at first nothing changes.
 
-    Add or remove experts before, or after `merge`; masked and frozen ones are as in the base.
+    Add or remove experts before, or after `merge`; masked and frozen ones are as in the base, and
+    `hold_frozen` of this module holds the updates too.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -50,6 +51,7 @@ class ExpertLoRA(nn.Module):
         expect(type(rank) is int and rank >= 1, "rank", rank, "an int >= 1")
         self.base, self.scale = base, check_number("scale", scale)
         self._learned = {name for name, p in base.named_parameters() if p.requires_grad}
+        self._splices = base.splices
         base.requires_grad_(False)
         for name, w in (("gate_up", base.w_gate_up), ("down", base.w_down)):
             E, rows, columns = w.shape
@@ -65,12 +67,27 @@ class ExpertLoRA(nn.Module):
         for b in (self.gate_up_b, self.down_b):
             nn.init.zeros_(b)
 
+    @property
+    def frozen(self) -> Tensor:
+        """Of the base."""
+        return self.base.frozen
+
+    @property
+    def any_frozen(self) -> bool:
+        """Of the base."""
+        return self.base.any_frozen
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """gate_up_a, gate_up_b, down_a, down_b: what `hold_frozen` holds."""
+        return self.gate_up_a, self.gate_up_b, self.down_a, self.down_b
+
     def effective_weights(self) -> dict[str, Tensor]:
         """w_gate_up and w_down with their updates, in the parameters' dtype under autocast too."""
         base = self.base
-        if base.num_experts != self.down_a.shape[0]:
+        if base.splices != self._splices:
             raise ValueError(
-                f"base has {base.num_experts} experts; expected {self.down_a.shape[0]}, as at first"
+                f"base has {base.num_experts} experts, some added or removed; expected the "
+                f"{self.down_a.shape[0]} that there were at first"
             )
         with without_autocast(base.w_down):
             return {

@@ -71,20 +71,26 @@ def hold_frozen(module: nn.Module, optimizer: torch.optim.Optimizer) -> Callable
     this copies the rows of the experts that are frozen by then, and puts them back.
 
     Args:
-        module: an `ExpertSet`, or any module with some in it; experts may come and go later.
+        module: an `ExpertSet` or `ExpertLoRA`, or any module with some in it; experts may come and go later.
         optimizer: what steps over them.
 
     Returns:
         a function that ends it.
+
+    Raises:
+        TypeError: an argument is not as above; the message names it.
     """
+    expect(isinstance(module, nn.Module), "module", module, "a module with experts", TypeError)
+    good = isinstance(optimizer, torch.optim.Optimizer)
+    expect(good, "optimizer", optimizer, "a torch.optim.Optimizer", TypeError)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def save(*_) -> None:
         kept.clear()
-        for experts in module.modules():
-            if isinstance(experts, ExpertSet) and experts.any_frozen:
-                rows = experts.frozen.nonzero()[:, 0]
-                kept.extend((p, rows, p.detach()[rows]) for p in experts.matrices(raw=True) if p is not None)
+        for part in module.modules():
+            if getattr(part, "any_frozen", False):  # an ExpertSet or what stands in for one
+                rows = part.frozen.nonzero()[:, 0]
+                kept.extend((p, rows, p.detach()[rows]) for p in part.matrices() if p is not None)
 
     @torch.no_grad()
     def restore(*_) -> None:
@@ -142,6 +148,7 @@ class ExpertSet(nn.Module):
         )
         self.register_buffer("frozen", torch.empty(num_experts, dtype=torch.bool, device=device))
         self.any_frozen = False  # what `frozen` says, without a wait for the device
+        self.splices = 0  # how often experts came or went
         self.shared = None
         if shared_hidden:
             self.shared = FeedForward(dim, shared_hidden, activation=activation, bias=bias, **kind)
@@ -160,17 +167,18 @@ class ExpertSet(nn.Module):
         if self.shared is not None:
             self.shared.reset_parameters()
 
-    def matrices(self, raw: bool = False) -> tuple[Tensor | None, ...]:
-        """w_gate_up, w_down, b_gate_up, b_down; unless `raw` with gradients of zero where frozen."""
-        tensors = self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
-        if raw or not self.any_frozen:
-            return tensors
-        return tuple(None if t is None else apply_function(ZeroFrozen, t, self.frozen) for t in tensors)
+    def matrices(self) -> tuple[Tensor | None, ...]:
+        """w_gate_up, w_down, b_gate_up, b_down."""
+        return self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
 
     def options(self) -> dict:
-        """The keyword arguments of `expert_mlp` and `segment_mlp`, and the weights."""
+        """Keyword arguments of `expert_mlp` and `segment_mlp`: the matrices, with gradients of zero where
+        frozen, and the activation."""
+        tensors = self.matrices()
+        if self.any_frozen:
+            tensors = (None if t is None else apply_function(ZeroFrozen, t, self.frozen) for t in tensors)
         names = ("w_gate_up", "w_down", "b_gate_up", "b_down")
-        return {**dict(zip(names, self.matrices(), strict=True)), "activation": self.activation}
+        return {**dict(zip(names, tensors, strict=True)), "activation": self.activation}
 
     # Experts come and go
 
@@ -188,9 +196,10 @@ class ExpertSet(nn.Module):
         Args:
             from_: a copy of the expert of this index; or of tensors as `expert` gives them, in which what is
                 the router's may be missing; or None. What is not copied has its initial value.
-            optimizer: the one that holds this module's parameters: it goes on with the new ones, and its
-                state of the new expert is zero. Its count of steps stays: in Adam's long run the first
-                steps of the new rows are up to `(1 - beta1) / sqrt(1 - beta2)` times the learning rate.
+            optimizer: the one that holds this module's parameters, with a state in their shape (not LBFGS
+                or Adafactor): it goes on with the new ones, its state of the new expert is zero, and its
+                count of steps stays: in Adam's long run the first steps of the new rows are up to
+                `(1 - beta1) / sqrt(1 - beta2)` times the learning rate.
 
         Returns:
             the index of the new expert.
@@ -201,6 +210,7 @@ class ExpertSet(nn.Module):
         """
         self._check_surgery(optimizer)
         if isinstance(from_, int):
+            self._check_index(from_, "from_")
             from_ = self.expert(from_)
         E, copied = self.num_experts, self._check_expert(from_)
         rows = {}
@@ -269,15 +279,16 @@ class ExpertSet(nn.Module):
             nn.init.normal_(tensor, std=fan_in**-0.5)
 
     def _splice(self, at: int, rows: dict[str, Tensor], optimizer) -> None:
+        self.splices += 1
         for name, old in self._rows():
             if isinstance(old, nn.Parameter):
                 setattr(self, name, splice_parameter(old, at, rows.get(name), optimizer))
             else:
                 setattr(self, name, splice(old, at, rows.get(name)))
 
-    def _check_index(self, i) -> None:
+    def _check_index(self, i, name: str = "i") -> None:
         inside = type(i) is int and 0 <= i < self.num_experts
-        expect(inside, "i", i, f"an int from 0 to {self.num_experts - 1}, an expert")
+        expect(inside, name, i, f"an int from 0 to {self.num_experts - 1}, an expert")
 
     def _check_surgery(self, optimizer) -> None:
         if optimizer is None:
@@ -285,8 +296,16 @@ class ExpertSet(nn.Module):
         good = isinstance(optimizer, torch.optim.Optimizer)
         expect(good, "optimizer", optimizer, "a torch.optim.Optimizer, or None", TypeError)
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        ours = any(tensor in held for _, tensor in self._rows() if isinstance(tensor, nn.Parameter))
-        expect(ours, "optimizer", type(optimizer), "one that holds parameters of this module")
+        ours = [p for _, p in self._rows() if isinstance(p, nn.Parameter) and p in held]
+        expect(ours != [], "optimizer", type(optimizer), "one that holds parameters of this module")
+        row_by_row = not isinstance(optimizer, torch.optim.LBFGS) and all(
+            kept.shape in ((), p.shape)
+            for p in ours
+            for kept in optimizer.state.get(p, {}).values()
+            if isinstance(kept, Tensor)
+        )
+        hint = "one whose state is numbers and tensors of a parameter's shape (not LBFGS or Adafactor)"
+        expect(row_by_row, "optimizer", type(optimizer), hint)
 
     def _check_expert(self, copied) -> Mapping[str, Tensor]:
         """Tensors to copy an expert from, by name: all there, none too many, of the right shapes."""

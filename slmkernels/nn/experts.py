@@ -88,7 +88,8 @@ class SparseExperts(ExpertSet):
         }
         prepare(torch.empty(0, routes), top_k, **self.routing_options)  # for its errors
         self.router = nn.Parameter(torch.empty(routes, dim, dtype=dtype, device=device))
-        bias_of = torch.empty(routes, device=device) if check_flag("selection_bias", selection_bias) else None
+        balanced = check_flag("selection_bias", selection_bias)
+        bias_of = torch.empty(routes, dtype=torch.float32, device=device) if balanced else None
         self.register_buffer("selection_bias", bias_of)
         self.reset_parameters()
 
@@ -147,6 +148,14 @@ class SparseExperts(ExpertSet):
         bias = self.selection_bias[allowed]
         update_selection_bias(bias, counts.to(bias.device)[allowed], rate)
         self.selection_bias[allowed] = bias
+
+    def _apply(self, fn, recurse=True):
+        """Leaves the selection bias float32 in a narrower module: there an update of 1e-3 rounds away."""
+        before = self.selection_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.selection_bias.itemsize < before.itemsize:
+            self.selection_bias = before.to(self.selection_bias.device)
+        return self
 
     def _check_surgery(self, optimizer) -> None:
         groups = self.routing_options["num_groups"]

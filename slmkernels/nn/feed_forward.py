@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.experts.reference import ACTIVATIONS, GATED, activate
-from ..validation import expect
+from ..validation import check_flag, expect
 
 
 class FeedForward(nn.Module):
@@ -17,6 +17,9 @@ class FeedForward(nn.Module):
         bias: biases on both projections.
 
     Weights: normal, std `in_features ** -0.5`; biases 0. Source: Shazeer 2020 (SwiGLU).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
     """
 
     def __init__(
@@ -30,7 +33,10 @@ class FeedForward(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        for name, value in (("dim", dim), ("hidden", hidden)):
+            expect(type(value) is int and value >= 1, name, value, "an int >= 1")
         expect(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+        check_flag("bias", bias)
         kind = {"bias": bias, "dtype": dtype, "device": device}
         self.activation = activation
         self.gate_up = nn.Linear(dim, (2 if activation in GATED else 1) * hidden, **kind)

@@ -66,7 +66,7 @@ def expert_curves(metrics: Path, picture: Path) -> str | None:
         loads = [record["tokens_per_expert"][layer] for record in records]
         shares = [[tokens / max(1, sum(load)) for tokens in load] for load in loads]
         panels[0, layer].plot(steps, shares, linewidth=1)  # a line for each expert
-        panels[0, layer].set_title(f"experts {layer + 1}")
+        panels[0, layer].set_title(f"expert layer {layer + 1}")
         for row, name in ((1, "router_entropy"), (2, "load_balance")):
             panels[row, layer].plot(steps, [record[name][layer] for record in records], linewidth=1.2)
         panels[2, layer].set_xlabel("step")

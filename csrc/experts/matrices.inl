@@ -36,9 +36,9 @@ struct Matrices {
         const int64_t lanes = p.d - column < W ? p.d - column : W;
         const int64_t M = up ? p.H : p.n;
         const Chunk *first = p.chunks + g.of_expert[e], *const last = p.chunks + g.of_expert[e + 1];
-        if (first == last) {
-            for (int64_t r = 0; r < kRowBlock * W; ++r) c[r] = 0;
-            for (int64_t r = 0; r < M; r += kRowBlock) write(up, e, r, M, column, lanes, c);
+        if (first == last && column == 0) {
+            E* const to = static_cast<E*>(up ? g.dup : g.ddown) + e * M * p.d;
+            __builtin_memset(to, 0, size_t(M * p.d) * sizeof(E));
         }
         for (const Chunk *from = first, *to; from < last; from = to) {
             int64_t rows = 0;

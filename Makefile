@@ -73,10 +73,10 @@ sanitize: $(DEPS) ## the native tests under the address and undefined-behaviour 
 	rm -rf build/asan
 	SLMKERNELS_STRICT=1 SLMKERNELS_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/asan --build-lib $(ASAN_TREE)
 	cp -r pyproject.toml tests $(ASAN_TREE)
-	cd $(ASAN_TREE) && OMP_NUM_THREADS=2 PYTHONDONTWRITEBYTECODE=1 \
+	cd $(ASAN_TREE) && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(abspath $(PY)) -m pytest -q -m "not slow" -k $(SANITIZED) $(SANITIZE_ARGS) $(SANITIZED_TESTS)
+		$(abspath $(PY)) -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" -k $(SANITIZED) $(SANITIZE_ARGS) $(SANITIZED_TESTS)
 
 aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, without a GPU
 	$(PYTEST) $(wildcard tests/test_*aot.py)

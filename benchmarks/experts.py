@@ -192,7 +192,8 @@ def route_case(label: str, T: int, E: int, k: int, mode: str, dtype: str) -> Cas
     backward = mode == "forward_backward"
 
     def ours(logits: Tensor) -> tuple[Tensor, ...]:
-        return tuple(getattr(route(logits, k), name) for name in ROUTING)
+        routing = route(logits, k)
+        return tuple(getattr(routing, name) for name in ROUTING)
 
     def exact(logits: Tensor) -> tuple[Tensor, ...]:
         return reference.route(logits, None, None, k, "softmax", True, 1, 1, 1.0)[: len(ROUTING)]

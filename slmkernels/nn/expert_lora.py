@@ -22,6 +22,9 @@ class ExpertLoRA(nn.Module):
       their full gradient, as large, is computed, written and read, although only a and b learn. Decoding a
       token makes all experts' weights for the few that it needs: `merge` first.
 
+    Measured once on two cores of an AMD Zen 4 (C = 512, n = 1024, E = 16, k = 2, r = 8, float32), in times of
+    the experts alone: 2048 tokens 1.5 forward and 1.1 with the backward; one token 79 and 2.2.
+
     A kernel of its own would add `scale * (x a_e^T) b_e^T` to the pre-activation, and the same to the output,
     inside an expert's tiles (`2 T k r (2 C + 3 n)` FLOPs, and a `[T k, r]` to keep), never make an effective
     weight, and leave the gradient of w_e out, a third of all FLOPs.

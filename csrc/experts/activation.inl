@@ -7,8 +7,6 @@ namespace {
 
 enum Activation { kSwiglu, kGeglu, kGegluTanh, kRelu2, kGelu, kGeluTanh };  // as reference.ACTIVATIONS
 
-constexpr bool gated(int activation) { return activation <= kGegluTanh; }
-
 // Phi(x), the normal distribution, and its density. erfc(z) = exp(-z^2) t q(t), t = 1 / (1 + z / 2), z >= 0,
 // q by a weighted least-squares fit of degree 8: 4.4e-8 of the value. In double by the C library.
 SLM_INLINE void normal(Vec<float> x, Vec<float>& cdf, Vec<float>& density) {

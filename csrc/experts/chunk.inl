@@ -111,7 +111,7 @@ SLM_INLINE void store_lanes(E* p, Vec<typename P::Acc> x, int64_t n) {
 template <typename F, typename E>
 using PartOf = std::conditional_t<std::is_same_v<E, Half>, F, E>;
 
-// One step of P along the rows of a matrix, a register of them; `partial`: n of them, the others zero.
+// Steps of P along a row of a matrix, a register of them; given n, that many, the others zero.
 template <typename P, typename E>
 SLM_INLINE Vec<typename P::B> load_steps(const E* p) {
     if constexpr (kPair<P> == 2)

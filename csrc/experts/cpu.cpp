@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -209,7 +209,7 @@ struct Call {
         body();
         if (!parts) return;
         const auto& tier = kernels();
-        const Sum sum{p.dtype, p.dot, p.y, y.data_ptr(), k, p.d};
+        const Sum sum{p.dtype, p.y, y.data_ptr(), k, p.d};
         torch::stable::parallel_for(0, p.T, std::max<int64_t>(1, kGrain / (k * p.d)),
                                     [&](int64_t begin, int64_t end) { tier.sum(sum, begin, end); });
     }
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                     "h must be what the forward saved");
     const Tensor dy = dense_rows(dout), saved = dense(h);
     g.dy = dy.data_ptr(), g.dy_row = dy.stride(0), p.h = saved.data_ptr();
-    g.need_x = need_x, g.need_w = need_w, g.of_expert = call.of_expert.data(), g.experts = call.E;
+    g.need_x = need_x, g.of_expert = call.of_expert.data(), g.experts = call.E;
 
     const ScalarType type = x.scalar_type();
     const auto empty = [&] { return torch::stable::new_empty(x, {0}, type); };

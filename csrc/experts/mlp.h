@@ -43,11 +43,12 @@ struct Problem {
 
 struct Gradient {
     Problem problem;  // y is dx
-    bool need_x, need_w;
+    bool need_x;
     const void* dy;  // [T, d]
     int64_t dy_row;
-    void* dweights;  // of each sorted row, float
-    void *dh, *a;  // transposed: of each chunk [H][padded size] and w a [n][padded size], storage type
+    void* dweights;  // [T, k], float
+    void *dh,
+        *a;  // or null; transposed: of each chunk [H][padded size] and w a [n][padded size], storage type
     // Of the weights: rows of one expert are chunks [of_expert[e], of_expert[e + 1]).
     const int64_t* of_expert;
     int64_t experts;
@@ -57,7 +58,6 @@ struct Gradient {
 // Sums of rows: y_t = sum of parts [t k, t k + k).
 struct Sum {
     Dtype dtype;
-    bool dot;
     const void* parts;
     void* y;
     int64_t k, d;

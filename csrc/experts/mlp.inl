@@ -33,9 +33,9 @@
 //
 // Counted for T = 2048, d = 512, n = 1024, E = 16, k = 2: 12.9 GFLOP forward, 25.8 backward. Two cores of a
 // Zen 4, on which the tile kernel makes 226 GFLOP/s (bfloat16: 454), need 57 + 114 ms (28 + 57); measured 62
-// + 145 (33 + 74). Of the forward's rest 2 to 3 ms are the activation's. Of the float32 backward's: 15 ms are
-// the system's, which zeroes the pages of 100 MB of gradients and 56 MB of dh, a and rows, 4 the copies of
-// blocks, 4 the activation, 4 the gradients' stores. Tried:
+// + 145 (33 + 74). Shares of the float32 backward, by perf, before the loops below were mended: the tile
+// kernel 73 %, zeroing of fresh pages by the system 10 % (100 MB of gradients, 56 MB of dh, a and rows),
+// activation and transpositions 9 %, the gradients' stores 3 %, copies of blocks 3 %. Tried:
 //   - sums in pieces of 64, 128, 256 or all steps: 105, 112, 113, 113 GFLOP/s a core; 256, for the rounding;
 //   - matrices packed [k][6] for every block: 105 against 113;
 //   - the activation with rows of h outside and lanes inside instead of lanes outside: bfloat16 backward 79
@@ -72,7 +72,7 @@ void matrix_tasks(const Gradient& g, Queue& queue) {
     for (int64_t task; (task = queue.take()) < queue.end;) work.run(task);
 }
 
-template <typename F, typename E, typename P>
+template <typename F, typename E>
 void sum_rows(const Sum& s, int64_t begin, int64_t end) {
     sum_part_rows<F, E, PartOf<F, E>>(s.parts, s.y, s.k, s.d, begin, end);
 }
@@ -87,7 +87,7 @@ void expert_matrices(const Gradient& g, Queue& queue) {
     SLM_DISPATCH(matrix_tasks, g.problem.dtype, g.problem.dot, g, queue);
 }
 void expert_sum(const Sum& s, int64_t begin, int64_t end) {
-    SLM_DISPATCH(sum_rows, s.dtype, s.dot, s, begin, end);
+    SLM_DISPATCH_STORAGE(sum_rows, s.dtype, s, begin, end);
 }
 
 }  // namespace

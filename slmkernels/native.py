@@ -58,10 +58,19 @@ def reason_against(device: torch.device) -> str | None:
 
 
 def reason_against_kernel(device: torch.device) -> str | None:
-    """The same for an operation without CUDA C++ kernels, as all are yet."""
+    """The same for an operation without CUDA C++ kernels."""
     return reason_against(device) or (
         "device cuda has no native kernel of this operation yet" if device.type == "cuda" else None
     )
+
+
+def reason_against_16bit(x: torch.Tensor) -> str | None:
+    """None where the CUDA C++ kernels take x by its dtype and GPU, else why not."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA kernels take bfloat16 and float16, not {x.dtype}"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "CUDA kernels need compute capability 8.0"
+    return None
 
 
 def reason_against_call(call) -> str | None:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from executor import operators, take_conflicts
 
 FAULTS = {

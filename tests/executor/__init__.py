@@ -1,6 +1,6 @@
 """Runs the CUDA sources of csrc/ on the CPU: builds them with the C++ compiler over executor.h.
 
-`operators()` gives them as `torch.ops.slmkernels_executor.<name>`, with the schemas of `torch.ops.slmkernels`.
+`operators()` gives them as `torch.ops.slmkernels_executor.<name>`, with the schemas of `slmkernels`'s own.
 """
 
 import functools
@@ -18,7 +18,17 @@ import slmkernels  # noqa: F401  (the operators' schemas)
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "executor"
-FLAGS = "-std=c++17 -O1 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -DSLM_EXECUTOR".split()
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-DSLM_EXECUTOR",
+]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 OWN = (  # operators of kernels.cu
     "product(Tensor a, Tensor b, int fault) -> Tensor",

@@ -86,12 +86,13 @@ def _sdpa_causal(left: int | None, right: int | None, backward: bool, inputs: In
 def _sdpa_flash(backward: bool, inputs: Inputs) -> Run:
     if inputs["q"].device.type != "cuda":
         raise Unavailable("timed on a CUDA device only")
+    return attention_run(flash_causal, inputs, backward, swap=True)
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return attention_run(sdpa, inputs, backward, swap=True)
+def flash_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by SDPA's flash kernel or not at all, [B, H, T, D]."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def sdpa_in_blocks(

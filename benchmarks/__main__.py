@@ -48,43 +48,60 @@ def _run(options: argparse.Namespace, cases: dict[str, Case], console: Console) 
     device = torch.device(options.device)
     small, rounds = registry(small=True), options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     environment, results = machine.environment(device), []
-    report.print_environment(console, {"environment": environment})
+    run = report.to_json(environment, results)
+    report.print_environment(console, run)
     with Console(stderr=True).status("measuring torch's matmul rate and the copy bandwidth"):
         copy, dtypes = machine.copy_bandwidth(device), {case.dtype for case in cases.values()}
         rates = {dtype: machine.Rates(machine.matmul_rate(dtype, device), copy) for dtype in dtypes}
     for name, case in cases.items():
         with Console(stderr=True).status(name) as status:
-            result = runner.measure(
-                case,
-                device,
-                rates[case.dtype],
-                rounds,
-                small=None if options.quick else small[name],
-                with_memory=not (options.quick or options.no_memory),
-                progress=lambda text, name=name, status=status: status.update(f"{name}: {text}"),
-            )
+            try:
+                result = runner.measure(
+                    case,
+                    device,
+                    rates[case.dtype],
+                    rounds,
+                    small=None if options.quick else small[name],
+                    with_memory=not (options.quick or options.no_memory),
+                    progress=lambda text, name=name, status=status: status.update(f"{name}: {text}"),
+                )
+            except Exception as error:  # the other cases go on
+                result = runner.nothing_measured(case, rates[case.dtype], error)
         results.append(result)
-        report.print_result(console, report.to_json(environment, [result])["results"][0])
-    run = report.to_json(environment, results)
+        run = report.to_json(environment, results)
+        report.print_result(console, run["results"][-1])
+        _write(run, options, pages=False)  # so that a run that is cut short leaves what it measured
     report.print_bars(console, run)
     return run
 
 
-def _write(run: dict, folder: Path) -> None:
-    """results.json, results.txt and the figures."""
-    report.write_json(run, folder / "results.json")
-    page = Console(file=io.StringIO(), width=WIDTH)
-    report.print_run(page, run)
-    (folder / "results.txt").write_text(page.file.getvalue())
-    report.plot(run, folder)
+def _write(run: dict, options: argparse.Namespace, pages: bool = True) -> None:
+    """The JSON where the options want it, and with `pages` the tables and figures beside it."""
+    if options.json:
+        report.write_json(run, options.json)
+    if options.plot and pages:
+        report.plot(run, options.plot)
+    for folder, part in _folders(run, options):
+        report.write_json(part, folder / "results.json")
+        if pages:
+            page = Console(file=io.StringIO(), width=WIDTH)
+            report.print_run(page, part)
+            (folder / "results.txt").write_text(page.file.getvalue())
+            report.plot(part, folder)
 
 
-def _write_for_gpu(run: dict, results: Path) -> None:
-    """A folder for each operation, so that a run of one leaves the others' results as they are."""
+def _folders(run: dict, options: argparse.Namespace) -> list[tuple[Path, dict]]:
+    """The folders to fill, with what of the run goes into each. For a GPU a folder for each operation, so
+    that a run of one leaves the others' results as they are."""
+    if options.out:
+        return [(options.out, run)]
+    if options.device == "cpu" or options.json or options.plot or options.quick or options.load:
+        return []
     gpu = re.sub(r"[^a-z0-9]+", "-", run["environment"]["gpu"].lower()).strip("-")
-    for operation in dict.fromkeys(result["case"].split("/")[0] for result in run["results"]):
-        own = [result for result in run["results"] if result["case"].split("/")[0] == operation]
-        _write({**run, "results": own}, results / gpu / operation)
+    parts = {}
+    for result in run["results"]:
+        parts.setdefault(result["case"].split("/")[0], []).append(result)
+    return [(RESULTS / gpu / name, {**run, "results": part}) for name, part in parts.items()]
 
 
 def _failed(result: dict) -> bool:
@@ -116,14 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.print_run(console, run)
     else:
         run = _run(options, cases, console)
-    if options.json:
-        report.write_json(run, options.json)
-    if options.plot:
-        report.plot(run, options.plot)
-    if options.out:
-        _write(run, options.out)
-    elif options.device == "cuda" and not (options.json or options.plot or options.load or options.quick):
-        _write_for_gpu(run, RESULTS)
+    _write(run, options)
     return int(any(_failed(result) for result in run["results"]))
 
 

@@ -11,7 +11,19 @@ from typing import TypeVar
 import torch
 
 from . import memory
-from .cases import OF_COPY, TERAFLOPS, Bar, Candidate, Case, Inputs, Run, Unavailable, first_line, is_ours
+from .cases import (
+    OF_COPY,
+    OURS,
+    TERAFLOPS,
+    Bar,
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    Unavailable,
+    first_line,
+    is_ours,
+)
 from .check import Check, Expected
 from .machine import Rates
 from .timing import Sampler, Timer, copies
@@ -160,6 +172,11 @@ def measure(
     return result
 
 
+def nothing_measured(case: Case, rates: Rates, error: Exception) -> Result:
+    """The result of a case that failed before its candidates could: for want of memory, say."""
+    return Result(case, "none", rates, [Measurement(OURS, reason=first_line(error))])
+
+
 def _time(
     case: Case,
     device: torch.device,
@@ -171,24 +188,30 @@ def _time(
 ) -> None:
     """Round-robin; each round starts with another candidate, so that none always follows the same one."""
     timer, samplers, seconds = Timer(device), {}, 0.0
+    further = [
+        {name: x.clone() for name, x in inputs.items()}
+        for _ in range(1, copies(case.bytes) if case.graph and timer.cuda else 1)
+    ]
     for candidate, m in zip(case.candidates, measurements, strict=True):
         if m.name not in runs:
             continue
         progress(f"warming up {m.name}")
 
         def prepared(candidate: Candidate = candidate) -> Sampler:
-            calls = [runs[candidate.name].call]
-            if case.graph and timer.cuda and not candidate.compiles:
-                for _ in range(1, copies(case.bytes)):
-                    calls.append(candidate.prepare({name: x.clone() for name, x in inputs.items()}).call)
+            others = () if candidate.compiles else further  # it would compile for each
+            calls = [runs[candidate.name].call, *(candidate.prepare(x).call for x in others)]
             return timer.sampler(calls, case.graph)
 
-        sampler = _attempt(m, prepared)
-        if sampler is not None:
-            samplers[m.name], m.timing = sampler.seconds, sampler.how
+        def first_sample(sampler: Sampler) -> float:
             started = time.perf_counter()
             sampler.seconds()
-            seconds += time.perf_counter() - started
+            return time.perf_counter() - started
+
+        sampler = _attempt(m, prepared)
+        taken = sampler and _attempt(m, lambda s=sampler: first_sample(s))
+        if taken is not None:
+            samplers[m.name], m.timing = sampler.seconds, sampler.how
+            seconds += taken
     measurements = [m for m in measurements if m.name in samplers]
     rounds = min(rounds, max(FEWEST_ROUNDS, int(TIME_LIMIT / max(seconds, 1e-9))))
     for r in range(rounds):
@@ -202,7 +225,7 @@ def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
     compiled = {c.name for c in result.case.candidates if c.compiles}
     for m in result.measurements:
         if m.samples and m.name not in compiled:
-            m.saved = memory.saved_for_backward(runs[m.name])
+            m.saved = _attempt(Measurement(""), lambda m=m: memory.saved_for_backward(runs[m.name]))
 
 
 def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:
@@ -211,6 +234,9 @@ def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:
         found = memory.measure(result.case, names, device, is_small)
     except (Unavailable, OSError, subprocess.TimeoutExpired) as error:
         result.memory_reason = str(error)
+        return
+    except RuntimeError as error:  # out of memory on a GPU, for one
+        result.memory_reason = first_line(error)
         return
     for m in result.measurements:
         m.extra_memory = found.get(m.name)

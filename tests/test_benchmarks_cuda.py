@@ -337,12 +337,14 @@ def test_the_report_shows_rates_bars_and_how_it_was_timed(tmp_path):
     assert [WINDOW_CASE.name, "absent", "1", "2", "not", "measured"] in rows
 
 
-def test_results_of_a_gpu_go_to_a_folder_of_each_operation(tmp_path):
+def test_results_of_a_gpu_go_to_a_folder_of_each_operation(tmp_path, monkeypatch):
     other = replace(SMALL["linear/gpu_decode/step/bf16"], bars=())
     found = [result(measured(OURS, 1.0), measured("a peer", 2.0)) for _ in range(2)]
     found[1].case = other
     environment = {"gpu": "NVIDIA H200", "torch": "2.13"}
-    command._write_for_gpu(report.to_json(environment, found), tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    run, options = report.to_json(environment, found), command._parser().parse_args(["--device", "cuda"])
+    command._write(run, options)
     for operation, case in (("sliding_window", WINDOW_CASE), ("linear", other)):
         folder = tmp_path / "nvidia-h200" / operation
         run = json.loads((folder / "results.json").read_text())
@@ -350,6 +352,27 @@ def test_results_of_a_gpu_go_to_a_folder_of_each_operation(tmp_path):
         assert run["environment"] == environment
         assert case.name in (folder / "results.txt").read_text()
         assert (folder / f"{case.operation}.png").exists()
+
+
+@pytest.mark.parametrize("given", [["--quick"], ["--json", "x"], ["--plot", "x"], ["--load", "x"]])
+def test_other_runs_on_a_gpu_leave_the_results_alone(given):
+    options = command._parser().parse_args(["--device", "cuda", *given])
+    assert command._folders({"environment": {"gpu": "NVIDIA H200"}, "results": []}, options) == []
+
+
+def test_a_case_that_fails_altogether_leaves_a_reason_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    names = [f"linear/{label}/step/{dtype}" for label, dtype in (("decode", "fp32"), ("gpu_decode", "bf16"))]
+
+    def inputs(device):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    changed = {**SMALL, names[0]: replace(SMALL[names[0]], inputs=inputs)}
+    monkeypatch.setattr(command, "registry", lambda small=False: changed)
+    assert command.main([*names, "--quick", "--json", str(tmp_path / "run.json")]) == 1
+    first, second = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert first["candidates"][0]["reason"] == "OutOfMemoryError: out of memory"
+    assert second["candidates"][0]["status"] == "ok"
+    assert "OutOfMemoryError" in capsys.readouterr().out
 
 
 # ---- timing ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ An operation's cases stand in a module of its own name in this package, with a f
 import fnmatch
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,36 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Inputs = dict[str, Tensor]
 
 
+# What a bar measures besides the times of a peer over ours.
+TERAFLOPS = "TFLOP/s"
+OF_COPY = "of the copy bandwidth"
+
+
 class Unavailable(Exception):
     """A candidate cannot run a case here; the message is the reason the report shows."""
+
+
+def first_line(error: Exception) -> str:
+    """An exception as one line of a report."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Bar(NamedTuple):
+    """What ours must reach on a GPU and aims at; more is better.
+
+    `against`: a glob of peers, the fastest of which counts (its time over ours), `TERAFLOPS` (useful work) or
+    `OF_COPY` (bytes moved once, over what a copy reaches).
+    """
+
+    against: str
+    must: float
+    aim: float
+
+    def verdict(self, reached: float | None) -> str:
+        """In a word or two."""
+        if reached is None:
+            return "not measured"
+        return "aim reached" if reached >= self.aim else "pass" if reached >= self.must else "miss"
 
 
 class Run(NamedTuple):
@@ -45,6 +73,9 @@ class Candidate(NamedTuple):
     prepare: Callable[[Inputs], Run]
     compiles: bool = False  # the first call takes many seconds
     yardstick: str = ""  # what it computes, if not the case's function: then it is timed and not checked
+
+
+DECODE_BARS = (Bar(OF_COPY, 0.6, 0.85),)
 
 
 @dataclass(frozen=True)
@@ -69,11 +100,48 @@ class Case:
     backend: Callable[[Inputs], str]  # which of our backends runs it
     flops: int  # useful work only: nothing outside a window, nothing computed twice in a forward pass
     bytes: int  # every input and result moved once
+    gpu: bool = False  # too large for a CPU: there it runs only where it is named in full
+    graph: bool = False  # a call of microseconds: on a GPU it is timed by replaying a CUDA graph
+    bars: tuple[Bar, ...] = ()  # for a GPU
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Ours first, then the peers."""
         return self.ours, *self.peers
+
+    def on(self, device: torch.device, chosen: str) -> "Case":
+        """The case as a device runs it: on CUDA with a row for each backend of ours that is not the chosen
+        one, so that the report shows which kernel wins; elsewhere without bars."""
+        if device.type != "cuda":
+            return replace(self, bars=())
+        names = [name for name in dispatch.BACKENDS if name not in (chosen, "reference")]
+        return replace(self, peers=(*(_held_to(name, self.ours) for name in names), *self.peers))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a candidate of that name is of ours, on any backend."""
+    return name.split()[0] == OURS
+
+
+def _held_to(backend: str, ours: Candidate) -> Candidate:
+    """Our candidate on one backend."""
+
+    def prepare(inputs: Inputs) -> Run:
+        with dispatch.use_backend(backend):
+            run = ours.prepare(inputs)
+
+        def call() -> tuple[Tensor, ...]:
+            with dispatch.use_backend(backend):
+                return run.call()
+
+        return run._replace(call=call)
+
+    return ours._replace(name=f"{ours.name} {backend}", prepare=prepare)
+
+
+def for_gpu(case: Case, bars: tuple[Bar, ...], small: bool) -> Case:
+    """A case too large for a CPU, and what ours must reach in it; neither holds of its small size."""
+    return case if small else replace(case, gpu=True, bars=bars)
 
 
 def chosen_backend(name: str, *args, **kwargs) -> str:
@@ -88,10 +156,13 @@ def registry(small: bool = False) -> dict[str, Case]:
     return {case.name: case for module in modules for case in module.cases(small)}
 
 
-def select(cases: dict[str, Case], patterns: list[str], dtypes: list[str]) -> dict[str, Case]:
+def select(
+    cases: dict[str, Case], patterns: list[str], dtypes: list[str], gpu: bool = True
+) -> dict[str, Case]:
     """The cases that match a glob (a bare prefix such as `sliding_window/long` counts) and a dtype.
 
-    No pattern matches all; so does no dtype. Raises ValueError for a pattern that matches nothing.
+    No pattern matches all; so does no dtype. Without `gpu`, cases for a GPU must be named in full. Raises
+    ValueError for a pattern that matches nothing.
     """
     wanted = {DTYPES[name] for name in dtypes or DTYPES}
     chosen = set()
@@ -99,5 +170,8 @@ def select(cases: dict[str, Case], patterns: list[str], dtypes: list[str]) -> di
         hits = [n for n in cases if fnmatch.fnmatch(n, pattern) or n.startswith(pattern.rstrip("/") + "/")]
         if not hits:
             raise ValueError(f"no case matches {pattern!r}; --list shows them all")
-        chosen.update(hits)
+        here = {name for name in hits if gpu or name == pattern or not cases[name].gpu}
+        if not here:
+            raise ValueError(f"{pattern!r} matches cases for a GPU only; name one in full to run it here")
+        chosen |= here
     return {name: case for name, case in cases.items() if name in chosen and case.dtype in wanted}

@@ -159,6 +159,7 @@ def step_case(label: str, shape: Shape, dtype: str) -> Case:
         backend=lambda i: chosen_backend(step, i["x"], i["state"], i["weight"], i["bias"], activation="silu"),
         flops=channels * 2 * shape.W,
         bytes=DTYPES[dtype].itemsize * (channels * 2 * shape.W + shape.C * (shape.W + 1)),
+        graph=True,
     )
 
 

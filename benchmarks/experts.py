@@ -16,7 +16,7 @@ from slmkernels import expert_mlp, route, segment_mlp
 from slmkernels.ops.experts import reference
 
 from . import experts_peers as peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
+from .cases import DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
 
 CASE_DTYPES = ("fp32", "bf16")
 MODES = ("forward", "forward_backward")
@@ -61,6 +61,12 @@ SHAPES = {
     "skewed": Shape(skewed=True),
     "segments": Shape(E=8, k=1, documents=16),
 }
+
+
+# For a GPU, in bf16.
+GPU_SHAPES = {"gpu": Shape(T=16384, d=1024, n=512, E=32, k=4)}
+BARS = (Bar("grouped_mm", 1.3, 2),)  # either mode
+FEW = 64  # up to so many tokens a GPU takes microseconds
 
 
 def _draw(T: int, E: int, generator: torch.Generator) -> Tensor:
@@ -147,6 +153,7 @@ def expert_case(label: str, shape: Shape, mode: str, dtype: str) -> Case:
         backend=backend,
         flops=shape.flops(backward),
         bytes=shape.bytes(backward, DTYPES[dtype].itemsize),
+        graph=shape.T <= FEW,
     )
 
 
@@ -215,11 +222,12 @@ def route_case(label: str, T: int, E: int, k: int, mode: str, dtype: str) -> Cas
         backend=lambda inputs: chosen_backend("route", inputs["logits"], k),
         flops=4 * T * E * (1 + backward),
         bytes=logits + 2 * chosen + backward * (2 * logits + 2 * chosen),
+        graph=T <= FEW,
     )
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape and then routing, forward and forward with backward, dtype by dtype."""
+    """Every shape and then routing, forward and with backward, dtype by dtype; then for a GPU."""
     for label, shape in SHAPES.items():
         for mode in MODES:
             for dtype in CASE_DTYPES:
@@ -228,3 +236,6 @@ def cases(small: bool = False) -> Iterator[Case]:
         for mode in MODES:
             for dtype in CASE_DTYPES:
                 yield route_case(label, min(T, 96) if small else T, 64, 8, mode, dtype)
+    for label, shape in GPU_SHAPES.items():
+        for mode in MODES:
+            yield for_gpu(expert_case(label, shape.small() if small else shape, mode, "bf16"), BARS, small)

@@ -18,7 +18,7 @@ from slmkernels import HybridCache, hybrid_attention, hybrid_attention_step
 from slmkernels.ops.hybrid import reference
 
 from . import hybrid_peers as peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
+from .cases import DECODE_BARS, DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
 
 ALL_ROWS = 1024  # up to this length every row is checked
 CHECKED_ROWS = 512  # of the last tokens, where checking every row would cost too much
@@ -94,6 +94,9 @@ SHAPES = {
 LENGTHS = (4096, 8192, 16384, 32768)  # forward and backward: time and memory are linear
 DECODE = {"decode": Shape(T=1), "decode_batch": Shape(B=8, T=1)}
 CASE_DTYPES = ("fp32", "bf16")
+# For a GPU, in bf16.
+GPU_SHAPES = {"gpu": Shape(B=4, T=8192, Hq=16, H=4)}
+GPU_DECODE = {"gpu_decode": Shape(B=64, T=1)}
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -226,11 +229,12 @@ def decode_case(label: str, shape: Shape, dtype: str) -> Case:
         flops=2 * (near + state * (1 + shape.Hq // shape.H)),
         # the rings of keys and values, read; the float32 state, read and written
         bytes=DTYPES[dtype].itemsize * near * shape.H // shape.Hq + 2 * 4 * state,
+        graph=True,
     )
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape, forward and forward with backward, dtype by dtype; decoding; then longer sequences."""
+    """Every shape, forward and with backward, dtype by dtype; decoding; longer sequences; for a GPU."""
     for label, shape in SHAPES.items():
         for mode in ("forward", "forward_backward"):
             for dtype in CASE_DTYPES:
@@ -241,3 +245,8 @@ def cases(small: bool = False) -> Iterator[Case]:
     for T in LENGTHS:
         long = Shape(T=T)
         yield hybrid_case(f"scaling_{T}", long.small() if small else long, "forward_backward", "fp32", False)
+    for label, shape in GPU_SHAPES.items():
+        for mode in ("forward", "forward_backward"):
+            yield for_gpu(hybrid_case(label, shape.small() if small else shape, mode, "bf16"), (), small)
+    for label, shape in GPU_DECODE.items():
+        yield for_gpu(decode_case(label, shape.small() if small else shape, "bf16"), DECODE_BARS, small)

@@ -18,12 +18,14 @@ from slmkernels import linear_attention, linear_attention_step
 from slmkernels.ops.linear import reference
 
 from . import linear_peers as peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
+from .cases import DECODE_BARS, DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
 
 ALL_ROWS = 4096  # up to this length every row is checked
 CHECKED_ROWS = 1024  # of the last tokens, where checking every row would cost too much
 BACKWARD_OVER_FORWARD = 2.5
+MODES = ("forward", "forward_backward")
 DELTA = ("delta", "gated delta", "kda")
+BY_TOKEN, BY_CHANNEL = ("scalar decay", "gated delta"), ("gla", "kda")  # the decay's sizes
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Shape:
     @property
     def leaves(self) -> tuple[str, ...]:
         """The inputs with a gradient. Retention's decay is a constant."""
-        gates = ("decay",) * (self.row in ("gla", "gated delta", "kda")) + ("beta",) * (self.row in DELTA)
+        gates = ("decay",) * (self.row in BY_TOKEN + BY_CHANNEL) + ("beta",) * (self.row in DELTA)
         return ("q", "k", "v", *gates)
 
     @property
@@ -83,7 +85,16 @@ SHAPES = {
     "kda": Shape("kda", T=2048),
 }
 LENGTHS = (4096, 8192, 16384, 32768, 65536)  # plain and gated delta
-DECODE = replace(GATED, T=1)
+DECODE = {"decode": replace(GATED, T=1)}
+# For a GPU; with the bars of the rows that have some.
+GPU = {"B": 8, "T": 2048, "dtypes": ("bf16",)}
+GPU_SHAPES = {
+    f"gpu_{row.replace(' ', '_')}_{D}": Shape(row, D=D, **GPU)
+    for row in ("gated delta", "scalar decay")
+    for D in (64, 128)
+}
+GPU_DECODE = {"gpu_decode": replace(GATED, B=64, T=1, D=128)}
+BARS = {"forward": (Bar("fla *", 1.5, 3),), "forward_backward": (Bar("fla *", 1.3, 3),)}
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -97,9 +108,9 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     if shape.row == "retention":
         inputs["decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(shape.H))))
-    elif shape.row in ("gla", "kda"):
+    elif shape.row in BY_CHANNEL:
         inputs["decay"] = F.logsigmoid(draw(*tokens, shape.D)) / 16
-    elif shape.row == "gated delta":
+    elif shape.row in BY_TOKEN:
         inputs["decay"] = F.logsigmoid(draw(*tokens)) / 4
     if shape.row in DELTA:
         inputs["beta"] = draw(*tokens).sigmoid()
@@ -135,11 +146,8 @@ def linear_case(label: str, shape: Shape, mode: str, dtype: str, compiles: bool 
     function = partial(linear_attention, **shape.options)
     constant = shape.row == "retention"
     tokens = shape.B * shape.T * shape.H
-    gates = (
-        4
-        * tokens
-        * sum(shape.D if shape.row != "gated delta" and x == "decay" else 1 for x in shape.leaves[3:])
-    )
+    numbers = {"decay": shape.D if shape.row in BY_CHANNEL else 1, "beta": 1}
+    gates = 4 * tokens * sum(numbers[name] for name in shape.leaves[3:])
     return Case(
         name=f"linear/{label}/{mode}/{dtype}",
         operation="linear_attention",
@@ -181,10 +189,11 @@ def _decode_expected(dtype: torch.dtype | None, inputs: Inputs) -> tuple[Tensor,
     return (reference.linear_attention(*tensors, l2norm_qk=True, **form)[0],)
 
 
-def _decode_case(shape: Shape, dtype: str) -> Case:
+def decode_case(label: str, shape: Shape, dtype: str) -> Case:
+    """One token of the gated delta rule behind a state."""
     step, state = "linear_attention_step", shape.B * shape.H * shape.D * shape.D
     return Case(
-        name=f"linear/decode/step/{dtype}",
+        name=f"linear/{label}/step/{dtype}",
         operation=step,
         dtype=DTYPES[dtype],
         sizes=str(shape),
@@ -195,26 +204,35 @@ def _decode_case(shape: Shape, dtype: str) -> Case:
         peers=(
             Candidate("PyTorch in place", peers.decode_pytorch),
             Candidate("transformers, by tokens", peers.decode_transformers),
+            Candidate("fla fused_recurrent_gated_delta_rule", peers.decode_fla),
         ),
         reference=partial(_decode_expected, torch.float64),
         plain=partial(_decode_expected, None),
         backend=lambda i: chosen_backend(step, **_tensors(i), state=i["state"], l2norm_qk=True),
         flops=2 * 3 * state,
         bytes=2 * 4 * state,  # the float32 state, read and written
+        graph=True,
     )
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape, forward and forward with backward; then decoding; then longer and longer sequences."""
+    """Every shape, forward and forward with backward; decoding; longer and longer sequences; for a GPU."""
+
+    def full(label: str, shape: Shape, mode: str, dtype: str, compiles: bool = True) -> Case:
+        return linear_case(label, shape.small() if small else shape, mode, dtype, compiles)
+
     for label, shape in SHAPES.items():
-        for mode in ("forward", "forward_backward"):
+        for mode in MODES:
             for dtype in shape.dtypes:
-                yield linear_case(label, shape.small() if small else shape, mode, dtype)
-    yield _decode_case(DECODE, "fp32")
+                yield full(label, shape, mode, dtype)
+    for label, shape in DECODE.items():
+        yield decode_case(label, shape, "fp32")
     for label, shape in {"plain": Shape(), "gated_delta": GATED}.items():
         for T in LENGTHS:
-            long = replace(shape, T=T)
-            for mode in ("forward", "forward_backward"):
-                yield linear_case(
-                    f"scaling_{label}_{T}", long.small() if small else long, mode, "fp32", False
-                )
+            for mode in MODES:
+                yield full(f"scaling_{label}_{T}", replace(shape, T=T), mode, "fp32", False)
+    for label, shape in GPU_SHAPES.items():
+        for mode in MODES:
+            yield for_gpu(full(label, shape, mode, "bf16"), BARS[mode], small)
+    for label, shape in GPU_DECODE.items():
+        yield for_gpu(decode_case(label, shape.small() if small else shape, "bf16"), DECODE_BARS, small)

@@ -14,6 +14,7 @@ from torch import Tensor
 from slmkernels.ops.linear import reference
 
 from .cases import Candidate, Inputs, Run, Unavailable
+from .peers import gpu_library
 
 CHUNK = 64
 LONGEST_LOOP = 512  # tokens that a peer may go through one by one in Python
@@ -151,32 +152,31 @@ def _transformers(name: str) -> Callable:
 
 
 # The functions of fla for each row.
+FLA_SIMPLE = ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
 FLA_NAMES = {
-    "linear": ("chunk_linear_attn",),
-    "retention": ("chunk_retention", "chunk_simple_gla"),
+    "linear": ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn"),
+    "retention": ("chunk_retention", *FLA_SIMPLE),
+    "scalar decay": FLA_SIMPLE,
     "gla": ("chunk_gla",),
     "delta": ("chunk_delta_rule",),
-    "gated delta": ("chunk_gated_delta_rule",),
+    "gated delta": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
     "kda": ("chunk_kda",),
 }
 
 
 def _fla(name: str, row: str, options: dict, backward: bool) -> Callable[[Inputs], Run]:
     def prepare(inputs: Inputs) -> Run:
-        if inputs["q"].device.type != "cuda":
-            raise Unavailable("needs a CUDA device")
-        try:
-            function = getattr(importlib.import_module("fla.ops"), name)
-        except (ImportError, AttributeError) as error:
-            raise Unavailable(f"not installed: {error}") from error
+        function = gpu_library("fla.ops", name, inputs["q"].device)
         if name == "chunk_delta_rule" and inputs["q"].dtype == torch.float32:
             raise Unavailable("has no float32 kernels")
+        if name == "fused_recurrent_gated_delta_rule" and backward:
+            raise Unavailable("has no backward")
 
         def attend(q, k, v, decay=None, beta=None):
             extra = {} if beta is None else {"beta": beta, "use_qk_l2norm_in_kernel": options["l2norm_qk"]}
             if decay is not None and name != "chunk_retention":
                 extra["g_gamma" if row == "retention" else "g"] = decay
-            if name == "chunk_linear_attn":
+            if name.endswith("linear_attn"):  # their defaults differ
                 extra["normalize"] = options["normalize"]
                 extra |= {"scale": 1.0} if options["normalize"] else {}
             return function(q, k, v, **extra)[0]
@@ -186,12 +186,11 @@ def _fla(name: str, row: str, options: dict, backward: bool) -> Callable[[Inputs
     return prepare
 
 
-def decode_transformers(inputs: Inputs) -> Run:
-    """One token by transformers' loop, from the state that the previous call returned."""
-    function = _transformers("torch_recurrent_gated_delta_rule")
-    tokens, gates = (inputs[x] for x in "qkv"), {"g": inputs["decay"], "beta": inputs["beta"]}
-    tokens, state = tuple(tokens), inputs["state"].clone()
+def _decode_by(function: Callable, inputs: Inputs) -> Run:
+    """One token by a function of whole sequences, from the state that the previous call returned."""
+    tokens, gates = [inputs[x] for x in "qkv"], {"g": inputs["decay"], "beta": inputs["beta"]}
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    state = inputs["state"].clone()
 
     def call() -> tuple[Tensor, ...]:
         nonlocal state
@@ -200,6 +199,17 @@ def decode_transformers(inputs: Inputs) -> Run:
         return (o,)
 
     return Run(call)
+
+
+def decode_transformers(inputs: Inputs) -> Run:
+    """One token by transformers' loop."""
+    return _decode_by(_transformers("torch_recurrent_gated_delta_rule"), inputs)
+
+
+def decode_fla(inputs: Inputs) -> Run:
+    """One token by fla's kernel, which writes a new state."""
+    name = "fused_recurrent_gated_delta_rule"
+    return _decode_by(gpu_library("fla.ops", name, inputs["q"].device), inputs)
 
 
 def decode_pytorch(inputs: Inputs) -> Run:

@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: versions, the processor, its measured matmul rate."""
+"""What a result depends on besides the code: versions, the processor, its matmul rate and bandwidth."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import NamedTuple
 
 import torch
 
@@ -18,12 +19,19 @@ from .timing import Timer
 
 ROOT = Path(__file__).parent.parent
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
-MATMUL_ROUNDS = 7
+MATMUL_LIMIT = 0.5  # seconds
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far more than caches hold
+ROUNDS = 7
+GPU_PEERS = ("flash-linear-attention", "flash-attn-4", "flash-attn", "scattermoe")
 
 Facts = dict[str, str | int]
 
 
-MATMUL_LIMIT = 0.5  # seconds
+class Rates(NamedTuple):
+    """What this machine reaches, measured in the same run."""
+
+    matmul: float  # FLOP/s of torch's matmul in the case's dtype
+    copy: float  # bytes/s of a large copy, read and written
 
 
 def environment(device: torch.device) -> Facts:
@@ -43,6 +51,7 @@ def environment(device: torch.device) -> Facts:
     }
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        facts |= {name: _installed(name, "missing") for name in GPU_PEERS}
     return facts
 
 
@@ -53,10 +62,14 @@ def _why_no_library() -> str:
 def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "missing"
+    return _installed(package, "not installed (run from a checkout)")
+
+
+def _installed(distribution: str, otherwise: str) -> str:
     try:
-        return version(package)
+        return version(distribution)
     except PackageNotFoundError:
-        return "not installed (run from a checkout)"
+        return otherwise
 
 
 def _commit() -> str:
@@ -85,9 +98,17 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     timer, rates = Timer(device), []
     for n in MATMUL_SIZES[device.type]:
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        repeats = timer.repeats(lambda a=a, b=b: a @ b)
-        if timer.sample(lambda a=a, b=b: a @ b, 1) > MATMUL_LIMIT:  # an emulated dtype; no size will be fast
-            return max([*rates, 2 * n**3 / timer.sample(lambda a=a, b=b: a @ b, 1)])
-        samples = [timer.sample(lambda a=a, b=b: a @ b, repeats) for _ in range(MATMUL_ROUNDS)]
-        rates.append(2 * n**3 / statistics.median(samples))
+        sampler = timer.sampler([lambda a=a, b=b: a @ b])
+        first = sampler.seconds()
+        if first > MATMUL_LIMIT:  # an emulated dtype; no size will be fast
+            return max([*rates, 2 * n**3 / first])
+        rates.append(2 * n**3 / statistics.median(sampler.seconds() for _ in range(ROUNDS)))
     return max(rates)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy, counting what it reads and what it writes."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    sampler = Timer(device).sampler([lambda: target.copy_(source)])
+    return 2 * source.numel() / statistics.median(sampler.seconds() for _ in range(ROUNDS))

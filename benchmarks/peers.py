@@ -10,10 +10,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Candidate, Inputs, Run, Unavailable
+from .cases import Candidate, Inputs, Run, Unavailable, first_line
 
-LARGEST_MASK = 2**28  # elements of a dense T x S mask; above, a peer that needs one is left out
+LARGEST_MASK = 2**25  # elements of a dense T x S mask; above, a peer that needs one is left out
 FLEX_BLOCK = 128
 
 
@@ -43,11 +44,16 @@ def attention_peers(left: int | None, right: int | None, backward: bool) -> tupl
         "SDPA causal": _sdpa_causal,
         "SDPA blocked": _sdpa_blocked,
         "FlexAttention": _flex,
+        "FlashAttention-4": _flash_attn_4,
         "flash-attn": _flash_attn,
         "fla parallel_attn": _fla,
     }
     peers = {name: partial(prepare, left, right, backward) for name, prepare in table.items()}
-    return tuple(Candidate(name, prepare, name == "FlexAttention") for name, prepare in peers.items())
+    peers = [Candidate(name, prepare, name == "FlexAttention") for name, prepare in peers.items()]
+    if left is not None and right == 0:
+        what = "flash attention of SDPA over all keys, without the window"
+        peers.append(Candidate("SDPA full causal", partial(_sdpa_flash, backward), yardstick=what))
+    return tuple(peers)
 
 
 def _visible(i: Tensor, j: Tensor, left: int | None, right: int | None) -> Tensor:
@@ -63,7 +69,7 @@ def _sdpa_band(left: int | None, right: int | None, backward: bool, inputs: Inpu
         raise Unavailable("full causal attention needs no band mask")
     T, device = inputs["q"].shape[1], inputs["q"].device
     if T * T > LARGEST_MASK:
-        raise Unavailable(f"its {T} x {T} mask and the square of scores would take minutes")
+        raise Unavailable(f"left out: its {T} x {T} mask and scores take minutes or all of the memory")
     at = torch.arange(T, device=device)
     mask = _visible(at[:, None], at[None, :], left, right)
     sdpa = partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
@@ -75,6 +81,18 @@ def _sdpa_causal(left: int | None, right: int | None, backward: bool, inputs: In
         raise Unavailable("it has no window")
     sdpa = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     return attention_run(sdpa, inputs, backward, swap=True)
+
+
+def _sdpa_flash(backward: bool, inputs: Inputs) -> Run:
+    if inputs["q"].device.type != "cuda":
+        raise Unavailable("timed on a CUDA device only")
+    return attention_run(flash_causal, inputs, backward, swap=True)
+
+
+def flash_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by SDPA's flash kernel or not at all, [B, H, T, D]."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def sdpa_in_blocks(
@@ -175,6 +193,8 @@ def gpu_library(module: str, function: str, device: torch.device) -> Callable:
         return getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise Unavailable(f"not installed: {error}") from error
+    except Exception as error:  # they compile, look for drivers and more while they are imported
+        raise Unavailable(f"does not import: {first_line(error)}") from error
 
 
 def _flash_attn(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
@@ -183,6 +203,18 @@ def _flash_attn(left: int | None, right: int | None, backward: bool, inputs: Inp
         raise Unavailable("has no float32 kernels")
     window = tuple(-1 if side is None else side for side in (left, right))
     return attention_run(partial(function, causal=right == 0, window_size=window), inputs, backward)
+
+
+def _flash_attn_4(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:
+    """Its CuTe DSL kernels, compiled at the first call."""
+    function = gpu_library("flash_attn.cute", "flash_attn_func", inputs["q"].device)
+    if inputs["q"].dtype == torch.float32:
+        raise Unavailable("has no float32 kernels")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v, causal=right == 0, window_size=(left, right))[0]
+
+    return attention_run(attend, inputs, backward)
 
 
 def _fla(left: int | None, right: int | None, backward: bool, inputs: Inputs) -> Run:

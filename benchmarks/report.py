@@ -11,11 +11,23 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from .cases import OURS
+from .cases import OURS, Bar
 from .machine import Facts
 from .runner import Measurement, Result
 
-HEADINGS = ("median ms", "min ms", "ours faster by", "by minima", "of matmul", "max error", "memory MiB")
+HEADINGS = (
+    "median ms",
+    "min ms",
+    "ours faster by",
+    "by minima",
+    "TFLOP/s",
+    "of matmul",
+    "GB/s",
+    "of copy",
+    "max error",
+    "memory MiB",
+)
+BAR_HEADINGS = ("against", "must be", "aim", "reached", "verdict")
 SCHEMA = 1  # of the JSON; raised when a field changes its meaning
 
 
@@ -37,11 +49,18 @@ def _result(result: Result) -> dict[str, Any]:
         "sizes": case.sizes,
         "flops": case.flops,
         "bytes": case.bytes,
-        "matmul_flops_per_second": result.matmul_rate,
+        "matmul_flops_per_second": result.rates.matmul,
+        "copy_bytes_per_second": result.rates.copy,
         "backend": result.backend,
         "memory_reason": result.memory_reason,
         "candidates": [_candidate(result, m) for m in result.measurements],
+        "bars": [_bar(result, bar) for bar in case.bars],
     }
+
+
+def _bar(result: Result, bar: Bar) -> dict[str, Any]:
+    reached = result.reached(bar)
+    return {**bar._asdict(), "reached": reached, "verdict": bar.verdict(reached)}
 
 
 def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
@@ -56,8 +75,10 @@ def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
         "yardstick": m.yardstick or None,
         **times,
         "rounds": len(m.samples),
+        "timing": m.timing,
         "speedup": speedup and {"medians": speedup[0], "minima": speedup[1]},
         "of_matmul_rate": result.of_matmul_rate(m),
+        "of_copy_bandwidth": result.of_copy_bandwidth(m),
         "max_error": m.check and m.check.max_error,
         "allowed_error": m.check and m.check.allowed,
         "worst_output": m.check and m.check.output,
@@ -94,20 +115,52 @@ def print_environment(console: Console, run: dict[str, Any]) -> None:
     console.print(" | ".join(f"{k} {v}" for k, v in run["environment"].items()), style="dim", highlight=False)
 
 
-def print_result(console: Console, result: dict[str, Any]) -> None:
-    """One case as a table: ours in the first row, then the peers."""
-    rate = result["matmul_flops_per_second"] / 1e9
-    title = f"{result['case']}  {result['sizes']}  (matmul here: {rate:.0f} GFLOP/s)"
+def print_run(console: Console, run: dict[str, Any]) -> None:
+    """A whole run."""
+    print_environment(console, run)
+    for result in run["results"]:
+        print_result(console, result)
+    print_bars(console, run)
+
+
+def print_bars(console: Console, run: dict[str, Any]) -> None:
+    """What ours had to reach in this run, and whether it did; nothing if there was nothing."""
+    table = _table("What ours must be, at least", BAR_HEADINGS)
+    for result in run["results"]:
+        for bar in result.get("bars", ()):
+            table.add_row(result["case"], bar["against"], *_bar_row(bar))
+    if table.row_count:
+        console.print(table)
+
+
+def _bar_row(bar: dict[str, Any]) -> list[str]:
+    numbers = (_shown(bar[name], "{:.3g}") for name in ("must", "aim", "reached"))
+    return [*numbers, bar["verdict"]]
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for heading in HEADINGS:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """One case as a table: ours in the first row, then the peers."""
+    copy = result.get("copy_bytes_per_second")  # not in results of before
+    here = f"matmul {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s" + _shown(
+        copy, ", copy {:.0f} GB/s", 1e-9
+    )
+    table = _table(f"{result['case']}  {result['sizes']}  (here: {here})", HEADINGS)
     ran = [candidate for candidate in result["candidates"] if candidate["status"] != "absent"]
     for candidate in ran:
-        table.add_row(*_row(candidate, result["backend"]))
+        table.add_row(*_row(candidate, result))
     console.print(table)
     notes = {c["name"]: f"a yardstick, not this function: {c['yardstick']}" for c in ran if _is_yardstick(c)}
     notes |= {c["name"]: c["reason"] for c in result["candidates"] if c not in ran}
+    reasons = {c["name"]: c.get("timing") or "" for c in ran}
+    notes |= {name: f"timed by {how}" for name, how in reasons.items() if "no graph" in how}
     saved = {c["name"]: c.get("saved_for_backward_bytes") for c in ran}
     sizes = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in saved.items() if size)
     notes |= {"MiB kept for the backward, without parameters": sizes} if sizes else {}
@@ -120,17 +173,21 @@ def _is_yardstick(candidate: dict[str, Any]) -> bool:
     return candidate["status"] == "yardstick"
 
 
-def _row(candidate: dict[str, Any], backend: str) -> list[str]:
-    name, speedup = candidate["name"], candidate["speedup"]
+def _row(candidate: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    name, speedup, median = candidate["name"], candidate["speedup"], candidate["median_s"]
     if name == OURS:
-        name = f"{name} ({backend})"
+        name = f"{name} ({result['backend']})"
+    rate = 1 / median if median and candidate["status"] == "ok" else None
     return [
         name,
-        _shown(candidate["median_s"], "{:.3f}", 1e3),
+        _shown(median, "{:.3f}", 1e3),
         _shown(candidate["min_s"], "{:.3f}", 1e3),
         "WRONG" if candidate["status"] == "wrong" else _shown(speedup and speedup["medians"], "{:.2f}x"),
         _shown(speedup and speedup["minima"], "{:.2f}x"),
+        _shown(rate, "{:.3g}", result["flops"] / 1e12),
         _shown(candidate["of_matmul_rate"], "{:.0%}"),
+        _shown(rate, "{:.3g}", result["bytes"] / 1e9),
+        _shown(candidate.get("of_copy_bandwidth"), "{:.0%}"),
         "yardstick" if _is_yardstick(candidate) else _shown(candidate["max_error"], "{:.1e}"),
         _shown(candidate["extra_memory_bytes"], "{:.1f}", 2**-20),
     ]

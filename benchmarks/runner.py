@@ -1,7 +1,9 @@
 """Runs a case: checks every candidate, then times them in turn, one sample each a round, in one process."""
 
+import fnmatch
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -9,9 +11,22 @@ from typing import TypeVar
 import torch
 
 from . import memory
-from .cases import Candidate, Case, Run, Unavailable
+from .cases import (
+    OF_COPY,
+    OURS,
+    TERAFLOPS,
+    Bar,
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    Unavailable,
+    first_line,
+    is_ours,
+)
 from .check import Check, Expected
-from .timing import Timer
+from .machine import Rates
+from .timing import Sampler, Timer, copies
 
 T = TypeVar("T")
 TIME_LIMIT = 40.0  # seconds of samples a case; a slower case gets fewer rounds
@@ -27,6 +42,7 @@ class Measurement:
     check: Check | None = None
     yardstick: str = ""  # what it computes, if not the case's function
     samples: list[float] = field(default_factory=list)  # seconds a call
+    timing: str | None = None  # how they were taken, `timing.Sampler.how`
     extra_memory: int | None = None  # bytes beyond inputs and results
     saved: int | None = None  # bytes that autograd keeps for the backward, parameters aside
 
@@ -47,7 +63,7 @@ class Result:
 
     case: Case
     backend: str  # the one of ours that ran, or why none did
-    matmul_rate: float  # FLOP/s
+    rates: Rates
     measurements: list[Measurement]
     memory_reason: str | None = None  # why no memory was measured
 
@@ -69,9 +85,26 @@ class Result:
 
     def of_matmul_rate(self, measurement: Measurement) -> float | None:
         """Useful FLOP/s as a fraction of torch's matmul rate on this machine, by the median."""
+        return self._over(self.case.flops, self.rates.matmul, measurement)
+
+    def of_copy_bandwidth(self, measurement: Measurement) -> float | None:
+        """Bytes that must move a second as a fraction of what a copy moves, by the median."""
+        return self._over(self.case.bytes, self.rates.copy, measurement)
+
+    def _over(self, amount: int, rate: float, measurement: Measurement) -> float | None:
         if not (measurement.samples and measurement.correct):
             return None
-        return self.case.flops / measurement.median / self.matmul_rate
+        return amount / measurement.median / rate
+
+    def reached(self, bar: Bar) -> float | None:
+        """What ours reached of a bar, by the median; against several peers, of the fastest."""
+        if bar.against == TERAFLOPS:
+            return self._over(self.case.flops, 1e12, self.ours)
+        if bar.against == OF_COPY:
+            return self.of_copy_bandwidth(self.ours)
+        peers = [m for m in self.measurements if fnmatch.fnmatch(m.name, bar.against)]
+        ratios = [speedup[0] for m in peers if (speedup := self.speedup(m))]
+        return min(ratios, default=None)
 
 
 def _attempt(measurement: Measurement, action: Callable[[], T]) -> T | None:
@@ -81,16 +114,16 @@ def _attempt(measurement: Measurement, action: Callable[[], T]) -> T | None:
     except Unavailable as reason:
         measurement.reason = str(reason)
     except Exception as error:  # a peer may fail in any way
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        measurement.reason = f"{type(error).__name__}: {first_line}"
+        measurement.reason = first_line(error)
     return None
 
 
 def _check(measurement: Measurement, candidate: Candidate, expected: Expected, small: Expected | None) -> Run:
-    """Check at this size and, given `small`, in every row of the small size; returns a run to time."""
+    """Check at this size and, if of ours and given `small`, in every row of that; returns a run to time."""
     measurement.check, run = expected.check(candidate)
-    if small is not None and measurement.correct:
-        in_every_row, _ = small.check(small.case.ours)
+    if small is not None and measurement.correct and is_ours(candidate.name):
+        same = next(c for c in small.case.candidates if c.name == candidate.name)
+        in_every_row, _ = small.check(same)
         if not in_every_row.passed:
             measurement.check = in_every_row
     return run
@@ -99,7 +132,7 @@ def _check(measurement: Measurement, candidate: Candidate, expected: Expected, s
 def measure(
     case: Case,
     device: torch.device,
-    matmul_rate: float,
+    rates: Rates,
     rounds: int,
     small: Case | None = None,
     with_memory: bool = True,
@@ -110,7 +143,7 @@ def measure(
     Args:
         case: what to measure.
         device: where.
-        matmul_rate: FLOP/s to compare with, of `machine.matmul_rate`.
+        rates: to compare with.
         rounds: samples of each candidate; fewer (but `FEWEST_ROUNDS`) if they would pass `TIME_LIMIT`.
         small: the same case in its small size, where ours is checked in every row besides. None if `case`
             is that one.
@@ -118,20 +151,20 @@ def measure(
         progress: told what happens.
     """
     inputs = case.inputs(device)
+    backend = _attempt(Measurement(""), lambda: case.backend(inputs)) or "none"
+    case, small = case.on(device, backend), small and small.on(device, backend)
     expected = Expected.of(case, inputs)
     small_expected = small and Expected.of(small, small.inputs(device))
     measurements, runs = [Measurement(c.name, yardstick=c.yardstick) for c in case.candidates], {}
     for candidate, measurement in zip(case.candidates, measurements, strict=True):
         progress(f"checking {candidate.name}")
-        every_row = small_expected if candidate is case.ours else None
-        run = _attempt(measurement, lambda c=candidate, m=measurement, s=every_row: _check(m, c, expected, s))
+        run = _attempt(measurement, lambda c=candidate, m=measurement: _check(m, c, expected, small_expected))
         if run is not None and expected.inputs is not inputs:
             run = _attempt(measurement, lambda c=candidate: c.prepare(inputs))
         if run is not None:
             runs[candidate.name] = run
-    _time([m for m in measurements if m.name in runs], runs, Timer(device), rounds, progress)
-    result = Result(case, "", matmul_rate, measurements)
-    result.backend = _attempt(Measurement(""), lambda: case.backend(inputs)) or "none"
+    _time(case, device, measurements, runs, inputs, rounds, progress)
+    result = Result(case, backend, rates, measurements)
     if with_memory:
         progress("measuring memory")
         _fill_saved(result, runs)
@@ -139,28 +172,52 @@ def measure(
     return result
 
 
+def nothing_measured(case: Case, rates: Rates, error: Exception) -> Result:
+    """The result of a case that failed before its candidates could: for want of memory, say."""
+    return Result(case, "none", rates, [Measurement(OURS, reason=first_line(error))])
+
+
 def _time(
+    case: Case,
+    device: torch.device,
     measurements: list[Measurement],
     runs: dict[str, Run],
-    timer: Timer,
+    inputs: Inputs,
     rounds: int,
     progress: Callable[[str], None],
 ) -> None:
     """Round-robin; each round starts with another candidate, so that none always follows the same one."""
-    repeats, seconds = {}, 0.0
-    for m in list(measurements):
-        progress(f"warming up {m.name}")
-        n = _attempt(m, lambda m=m: timer.repeats(runs[m.name].call))
-        if n is None:
-            measurements.remove(m)
+    timer, samplers, seconds = Timer(device), {}, 0.0
+    further = [
+        {name: x.clone() for name, x in inputs.items()}
+        for _ in range(1, copies(case.bytes) if case.graph and timer.cuda else 1)
+    ]
+    for candidate, m in zip(case.candidates, measurements, strict=True):
+        if m.name not in runs:
             continue
-        repeats[m.name] = n
-        seconds += n * timer.sample(runs[m.name].call, n)
+        progress(f"warming up {m.name}")
+
+        def prepared(candidate: Candidate = candidate) -> Sampler:
+            others = () if candidate.compiles else further  # it would compile for each
+            calls = [runs[candidate.name].call, *(candidate.prepare(x).call for x in others)]
+            return timer.sampler(calls, case.graph)
+
+        def first_sample(sampler: Sampler) -> float:
+            started = time.perf_counter()
+            sampler.seconds()
+            return time.perf_counter() - started
+
+        sampler = _attempt(m, prepared)
+        taken = sampler and _attempt(m, lambda s=sampler: first_sample(s))
+        if taken is not None:
+            samplers[m.name], m.timing = sampler.seconds, sampler.how
+            seconds += taken
+    measurements = [m for m in measurements if m.name in samplers]
     rounds = min(rounds, max(FEWEST_ROUNDS, int(TIME_LIMIT / max(seconds, 1e-9))))
     for r in range(rounds):
         progress(f"round {r + 1} of {rounds}")
         for m in measurements[r % len(measurements) :] + measurements[: r % len(measurements)]:
-            m.samples.append(timer.sample(runs[m.name].call, repeats[m.name]))
+            m.samples.append(samplers[m.name]())
 
 
 def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
@@ -168,7 +225,7 @@ def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
     compiled = {c.name for c in result.case.candidates if c.compiles}
     for m in result.measurements:
         if m.samples and m.name not in compiled:
-            m.saved = memory.saved_for_backward(runs[m.name])
+            m.saved = _attempt(Measurement(""), lambda m=m: memory.saved_for_backward(runs[m.name]))
 
 
 def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:
@@ -177,6 +234,9 @@ def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:
         found = memory.measure(result.case, names, device, is_small)
     except (Unavailable, OSError, subprocess.TimeoutExpired) as error:
         result.memory_reason = str(error)
+        return
+    except RuntimeError as error:  # out of memory on a GPU, for one
+        result.memory_reason = first_line(error)
         return
     for m in result.measurements:
         m.extra_memory = found.get(m.name)

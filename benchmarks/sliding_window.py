@@ -14,10 +14,23 @@ from slmkernels.ops.sliding_window.function import window_bounds
 from slmkernels.ops.sliding_window.reference import attention, visible
 
 from . import peers
-from .cases import DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend
+from .cases import (
+    DECODE_BARS,
+    DTYPES,
+    OURS,
+    TERAFLOPS,
+    Bar,
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    chosen_backend,
+    for_gpu,
+)
 
 CHECKED_ROWS = 64  # of the last queries, where checking every row would cost too much
 ALL_ROWS = 1024  # up to this length every row is checked
+MODES = ("forward", "forward_backward")
 BACKWARD_OVER_FORWARD = 2.5  # five matrix products where the forward pass has two
 
 
@@ -67,8 +80,25 @@ SHAPES = {
     "causal": Shape(window=None),
     "bidirectional": Shape(window=(128, 128), causal=False),
 }
-DECODE = Shape(T=1, window=1024)
+DECODE = {"decode": Shape(T=1, window=1024)}
 FP16_SHAPES = ("standard",)  # the other shapes run in fp32 and bf16
+# For a GPU, in bf16.
+GPU_TRAINING = Shape(B=4, T=8192, Hq=16, H=4)
+GPU_SHAPES = {
+    "gpu_w256": GPU_TRAINING,
+    "gpu_w512": replace(GPU_TRAINING, window=512),
+    "gpu_wide_head": Shape(T=16384, Hq=64, H=8, D=128, window=1024),
+}
+GPU_DECODE = {"gpu_decode": Shape(B=64, T=1, Hq=16, H=4, window=1024)}
+WINDOW_BARS = {
+    "forward": (Bar("FlexAttention", 1.3, 2), Bar("FlashAttention-4", 0.8, 1.2)),
+    "forward_backward": (Bar("FlexAttention", 1.2, 2),),
+}
+BARS = {
+    "gpu_w256": WINDOW_BARS,
+    "gpu_w512": WINDOW_BARS,
+    "gpu_wide_head": {"forward": (Bar(TERAFLOPS, 260, 525),), "forward_backward": ()},
+}
 
 
 def _randn(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Inputs:
@@ -171,11 +201,12 @@ def _decode_expected(shape: Shape, attend, inputs: Inputs) -> tuple[Tensor, ...]
     return (attend(inputs["q"], keys, values, None, None),)
 
 
-def _decode_case(shape: Shape, dtype: str) -> Case:
+def decode_case(label: str, shape: Shape, dtype: str) -> Case:
+    """One token behind a full ring."""
     step = "sliding_window_attention_step"
     element = DTYPES[dtype].itemsize
     return Case(
-        name=f"sliding_window/decode/step/{dtype}",
+        name=f"sliding_window/{label}/step/{dtype}",
         operation=step,
         dtype=DTYPES[dtype],
         sizes=str(shape),
@@ -189,15 +220,29 @@ def _decode_case(shape: Shape, dtype: str) -> Case:
         backend=lambda i: chosen_backend(step, i["q"], i["k"], i["v"], _filled_cache(shape, i)),
         flops=4 * math.prod((shape.B, shape.Hq, shape.window, shape.D)),
         bytes=element * 2 * math.prod((shape.B, shape.H, shape.window, shape.D)),
+        graph=True,
     )
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape, forward and forward with backward, dtype by dtype; then decoding."""
+    """Every shape, forward and forward with backward, dtype by dtype; decoding; for a GPU."""
+
+    def full(label: str, shape: Shape, mode: str, dtype: str) -> Case:
+        return attention_case(label, shape.small() if small else shape, mode, dtype)
+
+    def step(label: str, shape: Shape, dtype: str) -> Case:
+        return decode_case(label, replace(shape, B=min(shape.B, 2), window=64) if small else shape, dtype)
+
     for label, shape in SHAPES.items():
-        for mode in ("forward", "forward_backward"):
+        for mode in MODES:
             for dtype in DTYPES:
                 if dtype != "fp16" or label in FP16_SHAPES:
-                    yield attention_case(label, shape.small() if small else shape, mode, dtype)
-    for dtype in DTYPES:
-        yield _decode_case(replace(DECODE, window=64) if small else DECODE, dtype)
+                    yield full(label, shape, mode, dtype)
+    for label, shape in DECODE.items():
+        for dtype in DTYPES:
+            yield step(label, shape, dtype)
+    for label, shape in GPU_SHAPES.items():
+        for mode in MODES:
+            yield for_gpu(full(label, shape, mode, "bf16"), BARS[label][mode], small)
+    for label, shape in GPU_DECODE.items():
+        yield for_gpu(step(label, shape, "bf16"), DECODE_BARS, small)

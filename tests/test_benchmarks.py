@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import experts, experts_peers, hybrid, memory, report, runner
+from benchmarks import experts, experts_peers, hybrid, machine, memory, report, runner
 from benchmarks.__main__ import main
 from benchmarks.cases import OURS, Candidate, Run, Unavailable, registry, select
 from benchmarks.check import Check, Expected
@@ -27,6 +27,7 @@ SMALL = registry(small=True)
 FORWARD = SMALL["sliding_window/standard/forward/fp32"]
 BACKWARD = SMALL["sliding_window/standard/forward_backward/fp32"]
 ENVIRONMENT = {"cpu": "a processor", "threads": 1, "torch": "2.13"}
+RATES = machine.Rates(matmul=1e9, copy=1e9)
 GOOD, BAD = Check(1e-7, 1e-6, "o"), Check(1e-3, 1e-6, "o")
 
 
@@ -35,7 +36,7 @@ def measured(name, *samples, check=GOOD):
 
 
 def result(*measurements):
-    return runner.Result(FORWARD, "reference", 1e9, list(measurements))
+    return runner.Result(FORWARD, "reference", RATES, list(measurements))
 
 
 def printed(data):
@@ -55,7 +56,7 @@ def broken(candidate, output):
 
 
 def measure(case, **options):
-    return runner.measure(case, CPU, 1e9, rounds=2, **{"with_memory": False, **options})
+    return runner.measure(case, CPU, RATES, rounds=2, **{"with_memory": False, **options})
 
 
 def without_compilers(case):

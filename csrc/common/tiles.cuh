@@ -20,6 +20,8 @@ struct Tile {
     SLM_DEVICE Shared piece(int row, int piece) const {
         return base + Shared(row * C * 2 + ((piece ^ (row & 7)) << 4));
     }
+    // The tile that begins at a row, a multiple of 8.
+    SLM_DEVICE Tile from(int row) const { return {base + Shared(row * C * 2)}; }
     SLM_DEVICE Shared at(int row, int column) const { return piece(row, column >> 3) + ((column & 7) << 1); }
 };
 
@@ -36,30 +38,38 @@ SLM_DEVICE void copy_rows(Tile<C> to, int rows, int columns, int thread, int thr
     }
 }
 
+// Where lane-dependent `lane_row` and `lane_piece` (0 or 1) of a [16, 16] lie that begins at `row`, `column`, which
+// are multiples of 8 and 16: then these flip and add constants to one address a lane.
+template <int C>
+SLM_DEVICE Shared matrix_row(Tile<C> tile, int row, int column, int lane_row, int lane_piece) {
+    const int bytes = column * 2;
+    return (tile.piece(lane_row, lane_piece) ^ Shared(bytes & 127)) + Shared((bytes & ~127) + row * C * 2);
+}
+
 // The operand a [16, 16] of `multiply`: rows from `row`, columns from `column` of a tile.
 template <int C>
 SLM_DEVICE void load_a(uint32_t (&a)[4], Tile<C> tile, int row, int column) {
     const int lane = lane_of_thread();
-    load_matrices(a, tile.piece(row + lane % 16, column / 8 + lane / 16));
+    load_matrices(a, matrix_row(tile, row, column, lane % 16, lane / 16));
 }
 // a = transpose of the tile's [16 (k), 16 (m)] at `row`, `column`.
 template <int C>
 SLM_DEVICE void load_a_transposed(uint32_t (&a)[4], Tile<C> tile, int row, int column) {
     const int lane = lane_of_thread();
-    load_matrices_transposed(a, tile.piece(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    load_matrices_transposed(a, matrix_row(tile, row, column, lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
 // Two operands b [16 (k), 8 (n)] side by side, {b[0], b[1]} and {b[2], b[3]}, of a tile whose rows are n and whose
 // columns are k: 16 rows from `row`.
 template <int C>
 SLM_DEVICE void load_b(uint32_t (&b)[4], Tile<C> tile, int row, int column) {
     const int lane = lane_of_thread();
-    load_matrices(b, tile.piece(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    load_matrices(b, matrix_row(tile, row, column, lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
 // The same of a tile whose rows are k and whose columns are n: 16 columns from `column`.
 template <int C>
 SLM_DEVICE void load_b_transposed(uint32_t (&b)[4], Tile<C> tile, int row, int column) {
     const int lane = lane_of_thread();
-    load_matrices_transposed(b, tile.piece(row + lane % 16, column / 8 + lane / 16));
+    load_matrices_transposed(b, matrix_row(tile, row, column, lane % 16, lane / 16));
 }
 
 // Two neighbouring results d [16, 8] of `multiply` as an operand a [16, 16].

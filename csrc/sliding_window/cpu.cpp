@@ -13,6 +13,7 @@
 
 #include "../common/isa.h"
 #include "../common/tensors.h"
+#include "arguments.h"
 #include "sliding_window.h"
 
 namespace {
@@ -47,7 +48,6 @@ std::vector<Span> spans_of(int64_t B, int64_t T, int64_t S, const Optional& cu, 
         for (int64_t b = 0; b < B; ++b) spans.push_back({b, {0, T}, {0, S}});
         return spans;
     }
-    STD_TORCH_CHECK(B == 1, "packed sequences need batch 1, got ", B);
     const auto q = offsets(*cu, T, "cu_seqlens");
     const auto k = cu_k.has_value() ? offsets(*cu_k, S, "cu_seqlens_k") : offsets(*cu, S, "cu_seqlens");
     STD_TORCH_CHECK(q.size() == k.size(), "cu_seqlens has ", q.size() - 1, " sequences, cu_seqlens_k ",
@@ -74,30 +74,14 @@ struct Inputs {
 Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& sinks,
                    const Optional& cu, const Optional& cu_k, int64_t left, int64_t right, double scale,
                    double softcap) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v must be [B, T, H, D]");
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                    "q, k, v must have one dtype");
-    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
-                        v.size(2) == k.size(2) && k.size(3) == q.size(3),
-                    "q, k, v do not fit together");
-    STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "k's heads must divide q's heads");
-    STD_TORCH_CHECK(q.size(3) > 0, "q must have a head dimension of at least 1");
-    STD_TORCH_CHECK(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0,
-                    "scale and softcap must be finite, softcap >= 0");
-    STD_TORCH_CHECK(left >= -1 && right >= -1, "left and right must be >= 0, or -1 for no bound");
-    STD_TORCH_CHECK(cu.has_value() || !cu_k.has_value(), "cu_seqlens_k needs cu_seqlens");
+    slm::sliding_window::check_forward(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
     Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), sinks, {}, {}};
     slm::Problem& p = in.problem;
     p.dtype = dtype_of(q);
     p.T = q.size(1), p.Hq = q.size(2), p.H = k.size(2), p.D = q.size(3), p.Dv = v.size(3);
     p.bf16_dot = p.dtype == Dtype::bf16 && slm::get_isa() == slm::Isa::avx512 && slm::has_bf16_dot() &&
                  p.D % 2 == 0 && p.Dv % 2 == 0;  // products take pairs along D
-    if (sinks.has_value()) {
-        STD_TORCH_CHECK(
-            sinks->dim() == 1 && sinks->size(0) == p.Hq && sinks->scalar_type() == statistics_type(p.dtype),
-            "sinks must be [Hq], float32 (float64 for float64 inputs)");
-        in.sinks = torch::stable::contiguous(*sinks);
-    }
+    if (sinks.has_value()) in.sinks = torch::stable::contiguous(*sinks);
     p.q = rows_of(in.q), p.k = rows_of(in.k), p.v = rows_of(in.v);
     p.sinks = in.sinks.has_value() ? in.sinks->data_ptr() : nullptr;
     in.spans = spans_of(q.size(0), p.T, k.size(1), cu, cu_k);
@@ -171,21 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
     g.problem = in.problem;
     slm::Problem& p = g.problem;
     const ScalarType exact = statistics_type(p.dtype);
-    STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && o.scalar_type() == q.scalar_type() &&
-                        dout.dim() == 4 && o.dim() == 4,
-                    "dout and o must be [B, T, Hq, Dv] of q's dtype");
-    for (int d = 0; d < 4; ++d) {
-        const int64_t expected[] = {B, p.T, p.Hq, p.Dv};
-        STD_TORCH_CHECK(dout.size(d) == expected[d] && o.size(d) == expected[d],
-                        "dout and o must be [B, T, Hq, Dv]");
-    }
-    const auto check_statistics = [&](const Tensor& x, const char* name) {
-        STD_TORCH_CHECK(x.scalar_type() == exact && x.dim() == 3 && x.size(0) == B && x.size(1) == p.Hq &&
-                            x.size(2) == p.T,
-                        name, " must be [B, Hq, T], float32 (float64 for float64 inputs)");
-    };
-    check_statistics(lse, "lse");
-    if (dlse.has_value()) check_statistics(*dlse, "dlse");
+    slm::sliding_window::check_backward(dout, dlse, q, v, o, lse);
     const Tensor douts = dense_rows(dout), outs = dense_rows(o), lses = torch::stable::contiguous(lse);
     Optional dlses;
     if (dlse.has_value()) dlses = torch::stable::contiguous(*dlse);

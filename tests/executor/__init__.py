@@ -30,10 +30,12 @@ FLAGS = [
     "-DSLM_EXECUTOR",
 ]
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-OWN = (  # operators of kernels.cu
+OWN = (  # operators of kernels.cu and hopper_kernels.cu
     "product(Tensor a, Tensor b, int fault) -> Tensor",
     "warps(Tensor x) -> Tensor",
     "tf32(Tensor a, Tensor b) -> Tensor",
+    "two_products(Tensor a, Tensor b, Tensor c, int fault) -> Tensor",
+    "boxes(Tensor x, int row, int rows) -> Tensor",
 )
 
 

@@ -1,5 +1,4 @@
 // The machine behind executor.h: fibers, shared memory and its shadow, warps, barriers.
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -8,82 +7,24 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <string>
 #include <unordered_map>
-#include <vector>
 
-#include "../../csrc/common/hardware.cuh"
+#include "machine.h"
 
 namespace slm::executor {
 
 dim3 thread_index, block_index, block_size, grid_size;
+Block* block;
+Thread* self;
+std::string error;
 
 namespace {
 
-constexpr Shared kBase = 4096;  // where shared memory begins: 0 would hide absolute addresses
 constexpr size_t kStack = 512 << 10;
 
-using Clock = std::vector<uint32_t>;  // of each thread, how many of its events are known to lie in the past
-
-void join(Clock& clock, const Clock& other) {
-    for (size_t n = 0; n < clock.size(); ++n) clock[n] = std::max(clock[n], other[n]);
-}
-
-struct Copy {
-    Shared to;
-    const void* from;  // null: zeros
-};
-
-struct Thread {
-    int id;
-    Clock clock;
-    std::vector<std::vector<Copy>> groups{1};  // asynchronous copies; the last group is not committed yet
-    const uint64_t* awaited = nullptr;  // waits until *awaited != seen
-    uint64_t seen = 0;
-    const char* waits_for = "";
-    bool done = false;
-    char* stack;
-    ucontext_t start;
-    jmp_buf state;
-    bool started = false;
-};
-
-// Two bytes of memory: the last write, and the reads since.
-struct Cell {
-    enum State : uint8_t { unwritten, pending, written, counted } state = unwritten;  // counted: by atomics
-    int writer = -1;
-    uint32_t clock = 0;
-    int block = 0;
-    uint32_t reads = 0;  // a list of Read, 0 for none
-};
-struct Read {
-    int thread;
-    uint32_t clock, next;
-};
-
-struct Gathering {  // of threads that wait for one another
-    const char* what = nullptr;
-    int arrived = 0;
-    uint64_t times = 0;
-    Clock clock;
-    void* lanes[kWarp];
-};
-
-struct Block {
-    std::vector<Thread> threads;
-    std::vector<char> memory;
-    std::vector<Cell> cells;
-    std::vector<Read> reads;
-    std::vector<Gathering> warps, warp_syncs;
-    Gathering barriers[16];
-};
-
-Block* block;
-Thread* self;
 jmp_buf scheduler;
 const std::function<void()>* body;
-std::string error;
 std::map<const char*, int64_t> known;
 std::unordered_map<uintptr_t, Cell> global;  // what this launch has written
 int64_t conflicts;  // rows of ldmatrix beyond the first in the same banks
@@ -105,6 +46,7 @@ void fiber() {
     (*body)();
     for (const auto& group : self->groups)
         if (!group.empty()) fail("the thread ends before its asynchronous copies were waited for");
+    end_thread_of_hopper();
     self->done = true;
     _longjmp(scheduler, 1);
 }
@@ -119,15 +61,19 @@ __attribute__((noinline)) void resume(Thread& thread) {
     setcontext(&thread.start);
 }
 
+}  // namespace
+
 __attribute__((noinline)) void wait(const uint64_t& counter, uint64_t seen, const char* what) {
     self->awaited = &counter, self->seen = seen, self->waits_for = what;
     if (_setjmp(self->state) == 0) _longjmp(scheduler, 1);
     self->awaited = nullptr;
 }
 
-__attribute__((noinline)) void begin(Thread& thread, int id, int threads) {
+namespace {
+
+__attribute__((noinline)) void begin(Thread& thread, int id) {
     thread.id = id;
-    thread.clock.assign(size_t(threads), 0);
+    thread.clock = block->no_events();
     thread.clock[size_t(id)] = 1;
     getcontext(&thread.start);
     thread.start.uc_stack.ss_sp = stack_of(size_t(id));
@@ -145,10 +91,11 @@ void run_block(int threads, int shared_bytes) {
     now.reads.push_back({});
     now.warps.resize(size_t(threads / kWarp));
     now.warp_syncs.resize(size_t(threads / kWarp));
+    now.agents = architecture() < 90 ? 0 : kMbarriers + threads / kWarp;
     for (auto* gatherings : {&now.warps, &now.warp_syncs})
-        for (Gathering& g : *gatherings) g.clock.resize(size_t(threads));
-    for (Gathering& g : now.barriers) g.clock.resize(size_t(threads));
-    for (int t = 0; t < threads; ++t) begin(now.threads[size_t(t)], t, threads);
+        for (Gathering& g : *gatherings) g.clock = now.no_events();
+    for (Gathering& g : now.barriers) g.clock = now.no_events();
+    for (int t = 0; t < threads; ++t) begin(now.threads[size_t(t)], t);
     for (int running = threads; running > 0;) {
         bool moved = false;
         for (Thread& thread : now.threads) {
@@ -158,6 +105,8 @@ void run_block(int threads, int shared_bytes) {
             if (!error.empty()) return;
             running -= thread.done;
         }
+        if (!moved && deliver_a_box()) continue;
+        if (!error.empty()) return;
         if (!moved) {
             for (const Thread& thread : now.threads)
                 if (!thread.done) {
@@ -168,7 +117,10 @@ void run_block(int threads, int shared_bytes) {
                 }
         }
     }
+    error = end_block_of_hopper();
 }
+
+}  // namespace
 
 // --- The shadow of memory
 
@@ -187,6 +139,16 @@ std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what
 
 char* bytes_at(Shared address) { return block->memory.data() + (address - kBase); }
 
+void add_read(Cell& cell, int agent, uint32_t clock) {
+    for (uint32_t r = cell.reads; r != 0; r = block->reads[r].next)
+        if (block->reads[r].thread == agent) {
+            block->reads[r].clock = clock;
+            return;
+        }
+    block->reads.push_back({agent, clock, cell.reads});
+    cell.reads = uint32_t(block->reads.size() - 1);
+}
+
 void note_read(Cell& cell, Shared address) {
     if (cell.state == Cell::unwritten)
         fail("read at byte %u of shared memory, which nobody has written", address - kBase);
@@ -196,14 +158,7 @@ void note_read(Cell& cell, Shared address) {
     if (!in_the_past(cell.writer, cell.clock))
         fail("read at byte %u of shared memory, written by thread %d: no barrier between", address - kBase,
              cell.writer);
-    const uint32_t now = self->clock[size_t(self->id)];
-    for (uint32_t r = cell.reads; r != 0; r = block->reads[r].next)
-        if (block->reads[r].thread == self->id) {
-            block->reads[r].clock = now;
-            return;
-        }
-    block->reads.push_back({self->id, now, cell.reads});
-    cell.reads = uint32_t(block->reads.size() - 1);
+    add_read(cell, self->id, self->clock[size_t(self->id)]);
 }
 
 void note_write(Cell& cell, Shared address, Cell::State state) {
@@ -232,6 +187,8 @@ void check_global(const void* address, int bytes, const char* what) {
     if (reinterpret_cast<uintptr_t>(data) % unsigned(bytes) != 0)
         fail("%s of %d bytes of global memory: misaligned", what, bytes);
 }
+
+namespace {
 
 int number_of_block() {
     return int(block_index.x + grid_size.x * (block_index.y + grid_size.y * block_index.z));

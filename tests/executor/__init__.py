@@ -34,6 +34,7 @@ OWN = (  # operators of kernels.cu
     "product(Tensor a, Tensor b, int fault) -> Tensor",
     "warps(Tensor x) -> Tensor",
     "tf32(Tensor a, Tensor b) -> Tensor",
+    "tickets(Tensor x, int fault) -> Tensor",
 )
 
 

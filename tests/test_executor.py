@@ -60,6 +60,14 @@ def test_warps():
     assert (everything == x.sum()).all()
 
 
+def test_tickets():
+    x = torch.arange(5 * 64, dtype=torch.int32).view(5, 64)
+    assert operators().tickets(x, 0).tolist() == [x.sum(), 5]
+    for fault, message in enumerate(["block 0 of the same launch"] * 3 + ["block 0|no barrier"], start=1):
+        with pytest.raises(RuntimeError, match=message):
+            operators().tickets(x, fault)
+
+
 def test_tf32():
     a, b = torch.randn(16, 8), torch.randn(8, 8)
     rounded = [((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in (a, b)]

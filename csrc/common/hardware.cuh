@@ -115,11 +115,28 @@ SLM_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
 SLM_DEVICE uint32_t match(uint32_t x) { return __match_any_sync(~0u, x); }
 SLM_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
-// Integers only: sums of floats would depend on the order. Returns what was there.
+// Integers only: sums of floats would depend on the order. Returns what was there. Orders nothing else: a block
+// hands its results to another by writing them, a barrier, and fence and atomic by one thread; the other reads
+// them after atomic and fence by one thread, and a barrier (PTX ISA 8.x, section 8.8, morally strong).
 SLM_DEVICE int atomic_add(int* address, int x) { return atomicAdd(address, x); }
+SLM_DEVICE int64_t atomic_add(int64_t* address, int64_t x) {
+    return int64_t(
+        atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(x)));
+}
 SLM_DEVICE int atomic_add(Shared address, int x) {
     return atomicAdd(static_cast<int*>(__cvta_shared_to_generic(address)), x);
 }
+
+// What is where other blocks add to by atomics in the meantime.
+SLM_DEVICE int64_t load_relaxed(const int64_t* address) {  // 9.7.9.8
+    int64_t x;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];"
+                 : "=l"(x)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return x;
+}
+SLM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }  // 9.7.13.4
 
 // --- Arithmetic -------------------------------------------------------------------------------------------
 

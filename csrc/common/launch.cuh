@@ -50,6 +50,11 @@ class Device {
     // Bytes of shared memory that a block may ask for.
     int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+    // Zeros, in the order of the stream.
+    void clear(void* data, int64_t bytes) const {
+        SLM_CUDA_CHECK(cudaMemsetAsync(data, 0, size_t(bytes), stream_));
+    }
+
     template <typename... P, typename... A>
     void launch(void (*kernel)(P...), dim3 grid, int threads, int shared_bytes, const A&... arguments) const {
         if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;

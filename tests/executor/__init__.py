@@ -36,6 +36,7 @@ OWN = (  # operators of kernels.cu and hopper_kernels.cu
     "tf32(Tensor a, Tensor b) -> Tensor",
     "two_products(Tensor a, Tensor b, Tensor c, int fault) -> Tensor",
     "boxes(Tensor x, int row, int rows) -> Tensor",
+    "tickets(Tensor x, int fault) -> Tensor",
 )
 
 

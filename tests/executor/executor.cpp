@@ -27,6 +27,7 @@ jmp_buf scheduler;
 const std::function<void()>* body;
 std::map<const char*, int64_t> known;
 std::unordered_map<uintptr_t, Cell> global;  // what this launch has written
+std::unordered_map<const void*, Clocks> released;  // what atomics at a place have behind them
 int64_t conflicts;  // rows of ldmatrix beyond the first in the same banks
 
 // One stack a thread, kept from launch to launch, with a page that may not be touched below it.
@@ -194,16 +195,19 @@ int number_of_block() {
     return int(block_index.x + grid_size.x * (block_index.y + grid_size.y * block_index.z));
 }
 
-// Is what is there, if this launch wrote it, this block's and in the past?
-void check_writer(const void* address, int bytes, const char* what) {
+// Is what is there, if this launch wrote it, in the past? Atomics are not asked about atomics.
+void check_writer(const void* address, int bytes, const char* what, bool atomic = false) {
     const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
     for (uintptr_t at = first; at < first + uintptr_t(bytes + 1) / 2; ++at) {
         const auto found = global.find(at);
         if (found == global.end()) continue;
         const Cell& cell = found->second;
-        if (cell.block != number_of_block())
-            fail("%s of global memory that block %d of the same launch writes", what, cell.block);
-        if (!in_the_past(cell.writer, cell.clock))
+        if (atomic && cell.state == Cell::counted) continue;
+        if (cell.block != number_of_block()) {
+            const auto clock = self->others.find(cell.block);
+            if (clock == self->others.end() || clock->second[size_t(cell.writer)] < cell.clock)
+                fail("%s of global memory that block %d of the same launch writes", what, cell.block);
+        } else if (!in_the_past(cell.writer, cell.clock))
             fail("%s of global memory that thread %d writes: no barrier between", what, cell.writer);
     }
 }
@@ -215,6 +219,7 @@ void gather(Gathering& g, int expected, const char* what, bool wait_for_all) {
     if (g.arrived > 0 && g.what != what) fail("%s, where others call %s", what, g.what);
     g.what = what;
     join(g.clock, self->clock);
+    join(g.others, self->others);
     ++self->clock[size_t(self->id)];
     const uint64_t seen = g.times;
     if (++g.arrived == expected) {
@@ -223,7 +228,7 @@ void gather(Gathering& g, int expected, const char* what, bool wait_for_all) {
     } else if (wait_for_all) {
         wait(g.times, seen, what);
     }
-    if (wait_for_all) join(self->clock, g.clock);
+    if (wait_for_all) join(self->clock, g.clock), join(self->others, g.others);
 }
 
 }  // namespace
@@ -255,6 +260,7 @@ void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void
     grid_size = grid, block_size = dim3(unsigned(threads));
     error.clear();
     global.clear();
+    released.clear();
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -281,12 +287,18 @@ void read_global(const void* address, int bytes) {
     check_writer(address, bytes, "read");
 }
 
+namespace {
+void mark_global(const void* address, int bytes, Cell::State state) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
+    for (uintptr_t at = first; at < first + uintptr_t(bytes + 1) / 2; ++at)
+        global[at] = {state, self->id, self->clock[size_t(self->id)], number_of_block(), 0};
+}
+}  // namespace
+
 void write_global(const void* address, int bytes) {
     check_global(address, bytes, "write");
     check_writer(address, bytes, "write");
-    const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
-    for (uintptr_t at = first; at < first + uintptr_t(bytes + 1) / 2; ++at)
-        global[at] = {Cell::written, self->id, self->clock[size_t(self->id)], number_of_block(), 0};
+    mark_global(address, bytes, Cell::written);
 }
 
 void together(const char* what, void* mine, const std::function<void(void* const*)>& all) {
@@ -392,11 +404,35 @@ uint32_t match(uint32_t x) {
 }
 
 // Atomics on one place do not race with one another; with plain uses they do, unless a barrier lies between.
-int atomic_add(int* address, int x) {
-    check_global(address, 4, "atomic");
-    const int before = *address;
+namespace {
+template <typename X>
+X add_to_global(X* address, X x) {
+    check_global(address, sizeof(X), "atomic");
+    check_writer(address, sizeof(X), "atomic", true);
+    mark_global(address, sizeof(X), Cell::counted);
+    Clocks& behind = released[address];
+    join(self->received, behind);
+    join(behind, self->fenced);
+    const X before = *address;
     *address += x;
     return before;
+}
+}  // namespace
+
+int atomic_add(int* address, int x) { return add_to_global(address, x); }
+int64_t atomic_add(int64_t* address, int64_t x) { return add_to_global(address, x); }
+
+int64_t load_relaxed(const int64_t* address) {
+    check_global(address, 8, "read");
+    check_writer(address, 8, "read", true);
+    return *address;
+}
+
+void fence() {
+    join(self->others, self->received);
+    self->fenced = self->others;
+    self->fenced[number_of_block()] = self->clock;
+    ++self->clock[size_t(self->id)];
 }
 
 int atomic_add(Shared address, int x) {

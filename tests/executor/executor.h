@@ -7,7 +7,8 @@
 //   - reads of shared memory that nobody has written, or where an asynchronous copy has not been waited for (it
 //     arrives no sooner than the wait that must see it);
 //   - two threads at the same place, one of them writing, that no barrier orders (vector clocks: Flanagan and
-//     Freund 2009, FastTrack); two blocks at the same place in global memory;
+//     Freund 2009, FastTrack); two blocks at the same place in global memory, the first of them writing, that no
+//     fence and atomic of the first before an atomic and fence of the second order;
 //   - lanes of a warp that call different things together, barriers that not all reach, threads that wait for ever.
 // Registers are plain variables; uninitialised ones are the compiler's business (-Wall -Werror).
 #pragma once
@@ -160,7 +161,10 @@ uint32_t match(uint32_t x);
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 int atomic_add(int* address, int x);
+int64_t atomic_add(int64_t* address, int64_t x);
 int atomic_add(Shared address, int x);
+int64_t load_relaxed(const int64_t* address);
+void fence();
 
 // --- Arithmetic -------------------------------------------------------------------------------------------
 
@@ -216,6 +220,7 @@ class Device {
     int multiprocessors() const { return 4; }
     int architecture() const { return executor::architecture(); }
     int shared_limit() const { return (architecture() >= 90 ? 227 : 163) * 1024; }
+    void clear(void* data, int64_t bytes) const { std::memset(data, 0, size_t(bytes)); }
 
     template <typename... P, typename... A>
     void launch(void (*kernel)(P...), dim3 grid, int threads, int shared_bytes, const A&... arguments) const {

@@ -128,6 +128,48 @@ Tensor tf32(const Tensor& a, const Tensor& b) {
     return o;
 }
 
+// o = the sum over all blocks of the sums of 64 numbers each; the block that takes the last ticket adds them up.
+enum TicketFault : int64_t {
+    whole = 0,
+    no_fence_before,
+    no_fence_after,
+    no_ticket,
+    no_barrier_before_ticket
+};
+
+SLM_KERNEL(64, 1)
+ticket_kernel(const int* x, int* sums, int64_t* ticket, int* o, int64_t fault) {
+    const int thread = int(threadIdx.x), block = int(blockIdx.x), blocks = int(gridDim.x);
+    const Shared total = shared_memory(), last = total + 4;
+    if (thread == 0) store(total, 0);
+    sync_block();
+    atomic_add(total, load(x + block * 64 + thread));
+    sync_block();
+    if (thread == 32) store(sums + block, load<int>(total));
+    if (fault != no_barrier_before_ticket) sync_block();
+    if (thread == 0) {
+        if (fault != no_fence_before) fence();
+        store(last, int((fault == no_ticket ? block : atomic_add(ticket, 1)) == blocks - 1));
+        if (fault != no_fence_after) fence();
+    }
+    sync_block();
+    if (load<int>(last) == 0 || thread != 1) return;
+    int sum = 0;
+    for (int b = 0; b < blocks; ++b) sum += load(sums + b);
+    store(o, sum), store(o + 1, int(load_relaxed(ticket)));
+}
+
+Tensor tickets(const Tensor& x, int64_t fault) {
+    const Device device(x);
+    const int64_t blocks = x.size(0);
+    Tensor o = torch::stable::new_empty(x, {2}), sums = torch::stable::new_empty(x, {blocks});
+    Tensor ticket = torch::stable::new_empty(x, {1}, ScalarType::Long);
+    device.clear(pointer<int64_t>(ticket), 8);
+    device.launch(ticket_kernel, dim3(unsigned(blocks)), 64, 16, static_cast<const int*>(pointer<int>(x)),
+                  pointer<int>(sums), pointer<int64_t>(ticket), pointer<int>(o), fault);
+    return o;
+}
+
 }  // namespace
 }  // namespace slm
 
@@ -135,4 +177,5 @@ SLM_CUDA_OPERATORS(m) {
     m.impl("product", TORCH_BOX(&slm::product));
     m.impl("warps", TORCH_BOX(&slm::warps));
     m.impl("tf32", TORCH_BOX(&slm::tf32));
+    m.impl("tickets", TORCH_BOX(&slm::tickets));
 }

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,15 @@ inline void join(Clock& clock, const Clock& other) {
     for (size_t n = 0; n < clock.size(); ++n) clock[n] = std::max(clock[n], other[n]);
 }
 
+using Clocks = std::map<int, Clock>;  // of other blocks
+
+inline void join(Clocks& clocks, const Clocks& others) {
+    for (const auto& [number, clock] : others) {
+        const auto [mine, fresh] = clocks.try_emplace(number, clock);
+        if (!fresh) join(mine->second, clock);
+    }
+}
+
 struct Copy {
     Shared to;
     const void* from;  // null: zeros
@@ -33,6 +43,9 @@ struct Copy {
 struct Thread {
     int id;
     Clock clock;
+    Clocks others;  // what lies in the past of other blocks' events
+    Clocks fenced;  // what did at this thread's last fence, its own block's events too
+    Clocks received;  // what its atomics have met and the next fence will put into the past
     std::vector<std::vector<Copy>> groups{1};  // asynchronous copies; the last group is not committed yet
     const uint64_t* awaited = nullptr;  // waits until *awaited != seen
     uint64_t seen = 0;
@@ -62,6 +75,7 @@ struct Gathering {  // of threads that wait for one another
     int arrived = 0;
     uint64_t times = 0;
     Clock clock;
+    Clocks others;
     void* lanes[kWarp];
 };
 

@@ -140,7 +140,7 @@ SLM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }  //
 
 // --- Arithmetic -------------------------------------------------------------------------------------------
 
-// Approximations of about 2 units in the last place; denormal results are 0.
+// Approximations of about 2 units in the last place (log2 near 1: of 2^-22, absolute); denormals count as 0.
 SLM_DEVICE float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -210,15 +210,16 @@ SLM_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Shared row) {
 //   d[0], d[1]: row g, columns 2 t, 2 t + 1; d[2], d[3]: row g + 8.
 //   a[0]: row g, columns 2 t, 2 t + 1; a[1]: row g + 8; a[2], a[3]: the same, columns + 8.
 //   b0: rows 2 t, 2 t + 1, column g; b1: rows + 8.
+// Volatile, or the compiler may move it to where the sums are used, past a branch that only some lanes take.
 template <typename E>
 SLM_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 #define SLM_MULTIPLY(E, name)                                                                    \
     template <>                                                                                  \
     SLM_DEVICE void multiply<E>(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) { \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                               \
-            ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                         \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                     \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                     \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                      \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                            \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));            \
     }
 SLM_MULTIPLY(BFloat16, "bf16")
 SLM_MULTIPLY(Half, "f16")
@@ -232,7 +233,8 @@ SLM_DEVICE uint32_t as_tf32(float x) {
     return y;
 }
 SLM_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

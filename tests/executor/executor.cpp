@@ -25,9 +25,13 @@ constexpr size_t kStack = 512 << 10;
 
 jmp_buf scheduler;
 const std::function<void()>* body;
-std::map<const char*, int64_t> known;
-std::unordered_map<uintptr_t, Cell> global;  // what this launch has written
+int number;  // of the block
+bool reversed;  // the order of threads and blocks
+std::vector<View> views;
+std::unordered_map<uintptr_t, std::vector<Cell>> pages;  // of global memory, as this launch uses it
+Uses global_uses;
 std::unordered_map<const void*, Clocks> released;  // what atomics at a place have behind them
+int devices;  // alive
 int64_t conflicts;  // rows of ldmatrix beyond the first in the same banks
 
 // One stack a thread, kept from launch to launch, with a page that may not be touched below it.
@@ -89,7 +93,6 @@ void run_block(int threads, int shared_bytes) {
     now.threads.resize(size_t(threads));
     now.memory.assign(size_t(shared_bytes + 15) / 16 * 16, char(0xff));  // NaN
     now.cells.resize(now.memory.size() / 2);
-    now.reads.push_back({});
     now.warps.resize(size_t(threads / kWarp));
     now.warp_syncs.resize(size_t(threads / kWarp));
     now.agents = architecture() < 90 ? 0 : kMbarriers + threads / kWarp;
@@ -99,7 +102,8 @@ void run_block(int threads, int shared_bytes) {
     for (int t = 0; t < threads; ++t) begin(now.threads[size_t(t)], t);
     for (int running = threads; running > 0;) {
         bool moved = false;
-        for (Thread& thread : now.threads) {
+        for (int t = 0; t < threads; ++t) {
+            Thread& thread = now.threads[size_t(reversed ? threads - 1 - t : t)];
             if (thread.done || (thread.awaited != nullptr && *thread.awaited == thread.seen)) continue;
             moved = true;
             resume(thread);
@@ -140,95 +144,135 @@ std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what
 
 char* bytes_at(Shared address) { return block->memory.data() + (address - kBase); }
 
+void Uses::add(Cell& cell, Use use) {
+    uint32_t place = spare;
+    if (place != 0)
+        spare = all[place].next;
+    else
+        place = uint32_t(all.size()), all.emplace_back();
+    all[place] = use;
+    all[place].next = cell.uses;
+    cell.uses = place;
+}
+
 void add_read(Cell& cell, int agent, uint32_t clock) {
-    for (uint32_t r = cell.reads; r != 0; r = block->reads[r].next)
-        if (block->reads[r].thread == agent) {
-            block->reads[r].clock = clock;
+    for (uint32_t u = cell.uses; u != 0; u = block->uses.all[u].next)
+        if (block->uses.all[u].agent == agent) {
+            block->uses.all[u].clock = clock;
             return;
         }
-    block->reads.push_back({agent, clock, cell.reads});
-    cell.reads = uint32_t(block->reads.size() - 1);
+    block->uses.add(cell, {agent, clock, number, false, 0});
 }
 
-void note_read(Cell& cell, Shared address) {
-    if (cell.state == Cell::unwritten)
-        fail("read at byte %u of shared memory, which nobody has written", address - kBase);
-    if (cell.state == Cell::pending)
-        fail("read at byte %u of shared memory before the copy of thread %d was waited for", address - kBase,
-             cell.writer);
-    if (!in_the_past(cell.writer, cell.clock))
-        fail("read at byte %u of shared memory, written by thread %d: no barrier between", address - kBase,
-             cell.writer);
-    add_read(cell, self->id, self->clock[size_t(self->id)]);
+namespace {
+
+enum Kind { reading, writing, adding };
+const char* const kDoes[] = {"read", "write", "atomic"};
+const char* const kDid[] = {"reads", "writes", "adds to"};
+
+bool in_the_past(int of_block, int agent, uint32_t clock) {
+    if (of_block == number) return executor::in_the_past(agent, clock);
+    const auto known = self->others.find(of_block);
+    return known != self->others.end() && clock <= known->second[size_t(agent)];
 }
+
+[[noreturn]] void conflict(Kind now, Kind then, int of_block, int agent, Shared address) {
+    char place[48] = "of global memory";
+    if (address != 0) snprintf(place, sizeof(place), "at byte %u of shared memory", address - kBase);
+    if (of_block != number)
+        fail("%s %s that block %d of the same launch %s", kDoes[now], place, of_block, kDid[then]);
+    fail("%s %s that thread %d %s: no barrier between", kDoes[now], place, agent, kDid[then]);
+}
+
+// Notes a use of a cell, unless an earlier one conflicts and nothing orders the two. What lies in the past of this
+// use is forgotten, where whatever conflicts with it conflicts with this one as well.
+void note(Uses& uses, Cell& cell, Kind kind, Shared address) {
+    if (cell.writer >= 0 && !in_the_past(cell.block, cell.writer, cell.clock))
+        conflict(kind, writing, cell.block, cell.writer, address);
+    for (uint32_t* link = &cell.uses; *link != 0;) {
+        const uint32_t place = *link;
+        Use& use = uses.all[place];
+        const bool alike = kind != writing && use.adds == (kind == adding);
+        const bool past = in_the_past(use.block, use.agent, use.clock);
+        if (!past && !alike) conflict(kind, use.adds ? adding : reading, use.block, use.agent, address);
+        if (past && (alike || kind == writing))
+            *link = use.next, use.next = uses.spare, uses.spare = place;
+        else
+            link = &use.next;
+    }
+    const uint32_t now = self->clock[size_t(self->id)];
+    if (kind == writing)
+        cell = {Cell::written, self->id, now, number, 0};
+    else
+        uses.add(cell, {self->id, now, number, kind == adding, 0});
+}
+
+void note_shared(Cell& cell, Shared address, Kind kind) {
+    if (cell.state == Cell::pending)
+        fail("%s at byte %u of shared memory before the copy of thread %d was waited for", kDoes[kind],
+             address - kBase, cell.writer);
+    if (cell.state == Cell::unwritten && kind != writing)
+        fail("%s at byte %u of shared memory, which nobody has written", kDoes[kind], address - kBase);
+    note(block->uses, cell, kind, address);
+}
+
+}  // namespace
 
 void note_write(Cell& cell, Shared address, Cell::State state) {
-    if (cell.state == Cell::pending)
-        fail("write at byte %u of shared memory, where a copy of thread %d has not been waited for",
-             address - kBase, cell.writer);
-    if (cell.state != Cell::unwritten && !in_the_past(cell.writer, cell.clock))
-        fail("write at byte %u of shared memory, written by thread %d: no barrier between", address - kBase,
-             cell.writer);
-    for (uint32_t r = cell.reads; r != 0; r = block->reads[r].next)
-        if (!in_the_past(block->reads[r].thread, block->reads[r].clock))
-            fail("write at byte %u of shared memory, read by thread %d: no barrier between", address - kBase,
-                 block->reads[r].thread);
-    cell = {state, self->id, self->clock[size_t(self->id)], 0, 0};
+    note_shared(cell, address, writing);
+    cell.state = state;
+}
+
+bool View::holds(const char* address, int64_t bytes) const {
+    int64_t offset = address - data;
+    if (offset < 0 || offset + bytes > extent) return false;
+    for (const auto& [stride, size] : steps) offset -= std::min(offset / stride, size - 1) * stride;
+    return offset + bytes <= run;
 }
 
 void check_global(const void* address, int bytes, const char* what) {
     const char* data = static_cast<const char*>(address);
-    auto next = known.upper_bound(data);
-    bool inside = next != known.begin();
-    if (inside) {
-        --next;
-        inside = data + bytes <= next->first + next->second;
+    static size_t last = 0;  // the view that held the last address
+    if (last >= views.size() || !views[last].holds(data, bytes)) {
+        last = 0;
+        while (last < views.size() && !views[last].holds(data, bytes)) ++last;
+        if (last == views.size()) fail("%s of %d bytes of global memory outside every tensor", what, bytes);
     }
-    if (!inside) fail("%s of %d bytes of global memory outside every tensor", what, bytes);
     if (reinterpret_cast<uintptr_t>(data) % unsigned(bytes) != 0)
         fail("%s of %d bytes of global memory: misaligned", what, bytes);
 }
 
 namespace {
 
-int number_of_block() {
-    return int(block_index.x + grid_size.x * (block_index.y + grid_size.y * block_index.z));
-}
-
-// Is what is there, if this launch wrote it, in the past? Atomics are not asked about atomics.
-void check_writer(const void* address, int bytes, const char* what, bool atomic = false) {
+void note_global(const void* address, int bytes, Kind kind) {
+    check_global(address, bytes, kDoes[kind]);
+    constexpr uintptr_t kPage = 512;  // cells
     const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
-    for (uintptr_t at = first; at < first + uintptr_t(bytes + 1) / 2; ++at) {
-        const auto found = global.find(at);
-        if (found == global.end()) continue;
-        const Cell& cell = found->second;
-        if (atomic && cell.state == Cell::counted) continue;
-        if (cell.block != number_of_block()) {
-            const auto clock = self->others.find(cell.block);
-            if (clock == self->others.end() || clock->second[size_t(cell.writer)] < cell.clock)
-                fail("%s of global memory that block %d of the same launch writes", what, cell.block);
-        } else if (!in_the_past(cell.writer, cell.clock))
-            fail("%s of global memory that thread %d writes: no barrier between", what, cell.writer);
-    }
+    std::vector<Cell>& page = pages[first / kPage];  // an aligned access lies in one
+    if (page.empty()) page.resize(kPage);
+    for (int n = 0; n < bytes; n += 2) note(global_uses, page[first % kPage + size_t(n / 2)], kind, 0);
 }
 
 // --- Threads that wait for one another
 
-// One more has come. The last of `expected` lets all of them go on.
+// One more has come. The last of `expected` lets all of them go on, each knowing what those who came knew.
 void gather(Gathering& g, int expected, const char* what, bool wait_for_all) {
-    if (g.arrived > 0 && g.what != what) fail("%s, where others call %s", what, g.what);
-    g.what = what;
-    join(g.clock, self->clock);
-    join(g.others, self->others);
+    if (g.arrived > 0 && g.expected != expected)
+        fail("a %s of %d threads, where others expect %d", what, expected, g.expected);
+    g.expected = expected;
+    join(g.clock, self->clock), join(g.others, self->others);
     ++self->clock[size_t(self->id)];
+    if (wait_for_all) g.waiting.push_back(self);
     const uint64_t seen = g.times;
-    if (++g.arrived == expected) {
-        g.arrived = 0;
-        ++g.times;
-    } else if (wait_for_all) {
-        wait(g.times, seen, what);
+    if (++g.arrived < expected) {
+        if (wait_for_all) wait(g.times, seen, what);
+        return;
     }
-    if (wait_for_all) join(self->clock, g.clock), join(self->others, g.others);
+    for (Thread* thread : g.waiting) join(thread->clock, g.clock), join(thread->others, g.others);
+    std::fill(g.clock.begin(), g.clock.end(), 0);
+    g.others.clear(), g.waiting.clear();
+    g.arrived = 0;
+    ++g.times;
 }
 
 }  // namespace
@@ -244,10 +288,21 @@ void fail(const char* format, ...) {
     _longjmp(scheduler, 1);
 }
 
-void know(const void* data, int64_t bytes) {
-    int64_t& size = known[static_cast<const char*>(data)];
-    size = std::max(size, bytes);
+View view(const torch::stable::Tensor& x) {
+    const int64_t bytes = int64_t(x.element_size());
+    View view{static_cast<const char*>(x.data_ptr()), bytes, bytes, {}};
+    for (int64_t d = 0; d < x.dim(); ++d)
+        if (x.size(d) > 1 && x.stride(d) > 0) view.steps.emplace_back(x.stride(d) * bytes, x.size(d));
+    std::sort(view.steps.rbegin(), view.steps.rend());
+    for (const auto& [stride, size] : view.steps) view.extent += stride * (size - 1);
+    while (!view.steps.empty() && view.steps.back().first == view.run) {
+        view.run *= view.steps.back().second;
+        view.steps.pop_back();
+    }
+    return view;
 }
+
+void know(View view) { views.push_back(std::move(view)); }
 
 int architecture() {
     const char* wanted = std::getenv("SLM_EXECUTOR_ARCHITECTURE");
@@ -258,21 +313,24 @@ void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void
     STD_TORCH_CHECK(threads > 0 && threads <= 1024 && threads % kWarp == 0, "launch: ", threads, " threads");
     body = &kernel;
     grid_size = grid, block_size = dim3(unsigned(threads));
+    const char* order = std::getenv("SLM_EXECUTOR_ORDER");
+    reversed = order != nullptr && std::strcmp(order, "reverse") == 0;
     error.clear();
-    global.clear();
+    pages.clear(), global_uses = {};
     released.clear();
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                block_index = {x, y, z};
-                run_block(threads, shared_bytes);
-                STD_TORCH_CHECK(error.empty(), "CUDA on a CPU: ", error);
-            }
+    const int blocks = int(grid.x * grid.y * grid.z);
+    for (int n = 0; n < blocks; ++n) {
+        number = reversed ? blocks - 1 - n : n;
+        block_index = {unsigned(number) % grid.x, unsigned(number) / grid.x % grid.y,
+                       unsigned(number) / grid.x / grid.y};
+        run_block(threads, shared_bytes);
+        STD_TORCH_CHECK(error.empty(), "CUDA on a CPU: ", error);
+    }
 }
 
 const void* read_shared(Shared address, int bytes) {
     auto cell = cells_at(address, bytes, "read");
-    for (int n = 0; n < bytes; n += 2) note_read(*cell++, address + unsigned(n));
+    for (int n = 0; n < bytes; n += 2) note_shared(*cell++, address + unsigned(n), reading);
     return bytes_at(address);
 }
 
@@ -282,30 +340,14 @@ void write_shared(Shared address, const void* from, int bytes) {
     std::memcpy(bytes_at(address), from, size_t(bytes));
 }
 
-void read_global(const void* address, int bytes) {
-    check_global(address, bytes, "read");
-    check_writer(address, bytes, "read");
-}
+void read_global(const void* address, int bytes) { note_global(address, bytes, reading); }
+void write_global(const void* address, int bytes) { note_global(address, bytes, writing); }
 
-namespace {
-void mark_global(const void* address, int bytes, Cell::State state) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
-    for (uintptr_t at = first; at < first + uintptr_t(bytes + 1) / 2; ++at)
-        global[at] = {state, self->id, self->clock[size_t(self->id)], number_of_block(), 0};
-}
-}  // namespace
-
-void write_global(const void* address, int bytes) {
-    check_global(address, bytes, "write");
-    check_writer(address, bytes, "write");
-    mark_global(address, bytes, Cell::written);
-}
-
-void together(const char* what, void* mine, const std::function<void(void* const*)>& all) {
+void together(const char* what, void* mine, const std::function<void(void* const*)>& all, int which) {
     Gathering& warp = block->warps[size_t(self->id / kWarp)];
-    if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0)
-        fail("%s, where other lanes of the warp call %s", what, warp.what);
-    warp.what = what;
+    if (warp.arrived > 0 && (std::strcmp(warp.what, what) != 0 || warp.which != which))
+        fail("%s (%d), where other lanes of the warp call %s (%d)", what, which, warp.what, warp.which);
+    warp.what = what, warp.which = which;
     warp.lanes[self->id % kWarp] = mine;
     const uint64_t seen = warp.times;
     if (++warp.arrived < kWarp) return wait(warp.times, seen, what);
@@ -341,7 +383,8 @@ void wait_for_copies(int newest) {
         for (const Copy& copy : groups.front()) {
             auto cell = cells_at(copy.to, 16, "asynchronous copy");
             for (int n = 0; n < 8; ++n, ++cell)
-                *cell = {Cell::written, self->id, self->clock[size_t(self->id)], 0, 0};
+                *cell = {Cell::written, self->id, self->clock[size_t(self->id)], number, 0};
+            if (copy.from != nullptr) read_global(copy.from, 16);  // not before
             if (copy.from != nullptr)
                 std::memcpy(bytes_at(copy.to), copy.from, 16);
             else
@@ -357,21 +400,18 @@ void sync_block() { gather(block->barriers[0], int(block_size.x), "sync_block", 
 void sync_warp() { gather(block->warp_syncs[size_t(self->id / kWarp)], kWarp, "sync_warp", true); }
 
 namespace {
-void check_barrier(int barrier, int threads) {
+// Warps come to a barrier as a whole.
+void gather_some(const char* what, int barrier, int threads, bool wait_for_all) {
     if (barrier < 1 || barrier > 15) fail("barrier is %d; expected 1 to 15", barrier);
     if (threads < kWarp || threads % kWarp != 0 || threads > int(block_size.x))
         fail("a barrier of %d threads", threads);
+    together(what, nullptr, [](void* const*) {}, barrier);
+    gather(block->barriers[barrier], threads, "barrier", wait_for_all);
 }
 }  // namespace
 
-void sync_some(int barrier, int threads) {
-    check_barrier(barrier, threads);
-    gather(block->barriers[barrier], threads, "barrier", true);
-}
-void arrive_some(int barrier, int threads) {
-    check_barrier(barrier, threads);
-    gather(block->barriers[barrier], threads, "barrier", false);
-}
+void sync_some(int barrier, int threads) { gather_some("sync_some", barrier, threads, true); }
+void arrive_some(int barrier, int threads) { gather_some("arrive_some", barrier, threads, false); }
 
 // --- Warps
 
@@ -407,9 +447,7 @@ uint32_t match(uint32_t x) {
 namespace {
 template <typename X>
 X add_to_global(X* address, X x) {
-    check_global(address, sizeof(X), "atomic");
-    check_writer(address, sizeof(X), "atomic", true);
-    mark_global(address, sizeof(X), Cell::counted);
+    note_global(address, sizeof(X), adding);
     Clocks& behind = released[address];
     join(self->received, behind);
     join(behind, self->fenced);
@@ -423,28 +461,20 @@ int atomic_add(int* address, int x) { return add_to_global(address, x); }
 int64_t atomic_add(int64_t* address, int64_t x) { return add_to_global(address, x); }
 
 int64_t load_relaxed(const int64_t* address) {
-    check_global(address, 8, "read");
-    check_writer(address, 8, "read", true);
+    note_global(address, 8, adding);
     return *address;
 }
 
 void fence() {
     join(self->others, self->received);
     self->fenced = self->others;
-    self->fenced[number_of_block()] = self->clock;
+    self->fenced[number] = self->clock;
     ++self->clock[size_t(self->id)];
 }
 
 int atomic_add(Shared address, int x) {
     auto cell = cells_at(address, 4, "atomic");
-    for (int n = 0; n < 4; n += 2, ++cell) {
-        if (cell->state == Cell::unwritten)
-            fail("atomic at byte %u of shared memory, which nobody has written", address - kBase);
-        if (cell->state == Cell::counted)
-            *cell = {Cell::counted, self->id, self->clock[size_t(self->id)], 0, cell->reads};
-        else
-            note_write(*cell, address, Cell::counted);
-    }
+    for (int n = 0; n < 4; n += 2) note_shared(*cell++, address + unsigned(n), adding);
     int before;
     std::memcpy(&before, bytes_at(address), 4);
     const int after = before + x;
@@ -489,31 +519,34 @@ struct Matrices {
     bool transposed;
 };
 
-void gather_matrices(const char* what, Matrices mine) {
+void gather_matrices(const char* what, Matrices mine, int line) {
     read_shared(mine.row, 16);  // each lane answers for the row whose address it gives
-    together(what, &mine, [](void* const* of_lane) {
-        for (int m = 0; m < 4; ++m) {
-            uint16_t matrix[8][8];
-            std::vector<Shared> rows;
-            for (int row = 0; row < 8; ++row) {
-                const Shared address = static_cast<Matrices*>(of_lane[8 * m + row])->row;
-                std::memcpy(matrix[row], bytes_at(address), 16);
-                for (const Shared other : rows)
-                    if (other != address && other / 16 % 8 == address / 16 % 8) {
-                        ++conflicts;
-                        break;
-                    }
-                rows.push_back(address);
+    together(
+        what, &mine,
+        [](void* const* of_lane) {
+            for (int m = 0; m < 4; ++m) {
+                uint16_t matrix[8][8];
+                std::vector<Shared> rows;
+                for (int row = 0; row < 8; ++row) {
+                    const Shared address = static_cast<Matrices*>(of_lane[8 * m + row])->row;
+                    std::memcpy(matrix[row], bytes_at(address), 16);
+                    for (const Shared other : rows)
+                        if (other != address && other / 16 % 8 == address / 16 % 8) {
+                            ++conflicts;
+                            break;
+                        }
+                    rows.push_back(address);
+                }
+                for (int l = 0; l < kWarp; ++l) {
+                    const Matrices& lane = *static_cast<Matrices*>(of_lane[l]);
+                    const int i = l / 4, j = 2 * (l % 4);
+                    const uint16_t first = lane.transposed ? matrix[j][i] : matrix[i][j];
+                    const uint16_t second = lane.transposed ? matrix[j + 1][i] : matrix[i][j + 1];
+                    lane.r[m] = first | uint32_t(second) << 16;
+                }
             }
-            for (int l = 0; l < kWarp; ++l) {
-                const Matrices& lane = *static_cast<Matrices*>(of_lane[l]);
-                const int i = l / 4, j = 2 * (l % 4);
-                const uint16_t first = lane.transposed ? matrix[j][i] : matrix[i][j];
-                const uint16_t second = lane.transposed ? matrix[j + 1][i] : matrix[i][j + 1];
-                lane.r[m] = first | uint32_t(second) << 16;
-            }
-        }
-    });
+        },
+        line);
 }
 
 struct Product {
@@ -524,53 +557,61 @@ struct Product {
 
 // d += a b of a warp. `unpack(register, half)` gives a number; K numbers of a row, `pair` of them a register.
 template <int K, int pair, typename Unpack>
-void product(const char* what, Product mine, Unpack unpack) {
-    together(what, &mine, [unpack](void* const* of_lane) {
-        float a[16][K], b[K][8];
-        for (int l = 0; l < kWarp; ++l) {
-            const Product& lane = *static_cast<Product*>(of_lane[l]);
-            const int g = l / 4, t = l % 4;
-            for (int half = 0; half < pair; ++half)
-                for (int high = 0; high < 2; ++high) {
-                    const int k = pair * t + half + high * K / 2;
-                    a[g][k] = unpack(lane.a[2 * high], half);
-                    a[g + 8][k] = unpack(lane.a[2 * high + 1], half);
-                    b[k][g] = unpack(lane.b[high], half);
-                }
-        }
-        for (int l = 0; l < kWarp; ++l) {
-            const Product& lane = *static_cast<Product*>(of_lane[l]);
-            for (int n = 0; n < 4; ++n) {
-                float sum = 0;
-                for (int k = 0; k < K; ++k) sum += a[l / 4 + n / 2 * 8][k] * b[k][2 * (l % 4) + n % 2];
-                lane.d[n] += sum;
+void product(const char* what, int line, Product mine, Unpack unpack) {
+    together(
+        what, &mine,
+        [unpack](void* const* of_lane) {
+            float a[16][K], b[K][8];
+            for (int l = 0; l < kWarp; ++l) {
+                const Product& lane = *static_cast<Product*>(of_lane[l]);
+                const int g = l / 4, t = l % 4;
+                for (int half = 0; half < pair; ++half)
+                    for (int high = 0; high < 2; ++high) {
+                        const int k = pair * t + half + high * K / 2;
+                        a[g][k] = unpack(lane.a[2 * high], half);
+                        a[g + 8][k] = unpack(lane.a[2 * high + 1], half);
+                        b[k][g] = unpack(lane.b[high], half);
+                    }
             }
-        }
-    });
+            float d[16][8] = {};
+            for (int i = 0; i < 16; ++i)
+                for (int k = 0; k < K; ++k)
+                    for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+            for (int l = 0; l < kWarp; ++l)
+                for (int n = 0; n < 4; ++n)
+                    static_cast<Product*>(of_lane[l])->d[n] += d[l / 4 + n / 2 * 8][2 * (l % 4) + n % 2];
+        },
+        line);
 }
 
 }  // namespace
 
-void load_matrices(uint32_t (&r)[4], Shared row) { gather_matrices("load_matrices", {row, r, false}); }
-void load_matrices_transposed(uint32_t (&r)[4], Shared row) {
-    gather_matrices("load_matrices_transposed", {row, r, true});
+void load_matrices(uint32_t (&r)[4], Shared row, int line) {
+    gather_matrices("load_matrices", {row, r, false}, line);
+}
+void load_matrices_transposed(uint32_t (&r)[4], Shared row, int line) {
+    gather_matrices("load_matrices_transposed", {row, r, true}, line);
 }
 
 template <>
-void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    product<16, 2>("multiply", {d, a, {b0, b1}},
+void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+    product<16, 2>("multiply", line, {d, a, {b0, b1}},
                    [](uint32_t x, int half) { return to_float(BFloat16{uint16_t(x >> 16 * half)}); });
 }
 template <>
-void multiply<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    product<16, 2>("multiply", {d, a, {b0, b1}},
+void multiply<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+    product<16, 2>("multiply", line, {d, a, {b0, b1}},
                    [](uint32_t x, int half) { return to_float(Half{uint16_t(x >> 16 * half)}); });
 }
-void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    product<8, 1>("multiply_tf32", {d, a, {b0, b1}}, [](uint32_t x, int) { return as_float(x & ~0x1fffu); });
+void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+    product<8, 1>("multiply_tf32", line, {d, a, {b0, b1}},
+                  [](uint32_t x, int) { return as_float(x & ~0x1fffu); });
 }
 
-Device::~Device() { known.clear(); }
+Device::Device(const torch::stable::Tensor&) { ++devices; }
+Device::~Device() {
+    if (--devices == 0) views.clear();
+}
 
 }  // namespace slm
 

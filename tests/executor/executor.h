@@ -3,13 +3,15 @@
 // A block runs at a time. Its threads are fibers, each running until it must wait for others. What several threads
 // do together (shuffles, ldmatrix, mma, barriers) happens when the last of them has arrived. Found and reported, as
 // errors of the operator:
-//   - addresses outside the shared memory or outside every tensor, and misaligned ones;
+//   - addresses outside the shared memory or outside the rows of every tensor, and misaligned ones;
 //   - reads of shared memory that nobody has written, or where an asynchronous copy has not been waited for (it
 //     arrives no sooner than the wait that must see it);
 //   - two threads at the same place, one of them writing, that no barrier orders (vector clocks: Flanagan and
-//     Freund 2009, FastTrack); two blocks at the same place in global memory, the first of them writing, that no
+//     Freund 2009, FastTrack); two blocks at the same place in global memory, one of them writing, that no
 //     fence and atomic of the first before an atomic and fence of the second order;
 //   - lanes of a warp that call different things together, barriers that not all reach, threads that wait for ever.
+// Not found: reads of what an earlier tile left in shared memory. One-byte writes to neighbours count as one place.
+// SLM_EXECUTOR_ORDER=reverse runs blocks, and the threads of a block, in the opposite order.
 // Registers are plain variables; uninitialised ones are the compiler's business (-Wall -Werror).
 #pragma once
 
@@ -21,6 +23,8 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <utility>
+#include <vector>
 
 #define SLM_DEVICE inline
 #define SLM_KERNEL(threads, blocks) void
@@ -50,8 +54,16 @@ namespace slm::executor {
 // Set for the thread that runs.
 extern dim3 thread_index, block_index, block_size, grid_size;
 
-// The memory that kernels may touch: [data, data + bytes), until the operator's Device goes away.
-void know(const void* data, int64_t bytes);
+// Memory that kernels may touch, until the operator's Device goes away: the numbers of a tensor, and not what lies
+// between its rows.
+struct View {
+    const char* data;
+    int64_t run, extent;  // bytes side by side, and in all
+    std::vector<std::pair<int64_t, int64_t>> steps;  // strides in bytes, the largest first, and sizes
+    bool holds(const char* address, int64_t bytes) const;
+};
+View view(const torch::stable::Tensor& x);
+void know(View view);
 void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 int architecture();
 
@@ -63,8 +75,9 @@ void write_shared(Shared address, const void* from, int bytes);
 void read_global(const void* address, int bytes);
 void write_global(const void* address, int bytes);
 
-// Runs `all` on what the 32 lanes brought, once the last has come; `what` must be the same for all.
-void together(const char* what, void* mine, const std::function<void(void* const* of_lane)>& all);
+// Runs `all` on what the 32 lanes brought, once the last has come; `what` and `which` must be the same for all.
+void together(const char* what, void* mine, const std::function<void(void* const* of_lane)>& all,
+              int which = 0);
 
 }  // namespace slm::executor
 
@@ -196,26 +209,26 @@ uint32_t pack(float first, float second) {
 
 // --- Tensor cores -----------------------------------------------------------------------------------------
 
-void load_matrices(uint32_t (&r)[4], Shared row);
-void load_matrices_transposed(uint32_t (&r)[4], Shared row);
+// Lanes call these at the same line: elsewhere it would be another instruction.
+void load_matrices(uint32_t (&r)[4], Shared row, int line = __builtin_LINE());
+void load_matrices_transposed(uint32_t (&r)[4], Shared row, int line = __builtin_LINE());
 template <typename E>
-void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE());
 uint32_t as_tf32(float x);
-void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                   int line = __builtin_LINE());
 
 // --- The host's side --------------------------------------------------------------------------------------
 
 template <typename X>
 X* pointer(const torch::stable::Tensor& x) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-    if (x.numel() > 0) executor::know(x.data_ptr(), (last + 1) * int64_t(x.element_size()));
+    if (x.numel() > 0) executor::know(executor::view(x));
     return static_cast<X*>(x.data_ptr());
 }
 
 class Device {
   public:
-    explicit Device(const torch::stable::Tensor&) {}
+    explicit Device(const torch::stable::Tensor&);
     ~Device();
     int multiprocessors() const { return 4; }
     int architecture() const { return executor::architecture(); }

@@ -57,25 +57,36 @@ struct Thread {
     bool started = false;
 };
 
-// Two bytes of memory: the last write, and the reads since.
+// Two bytes of memory: the last write, and what else was done there since.
 struct Cell {
-    enum State : uint8_t { unwritten, pending, written, counted } state = unwritten;  // counted: by atomics
-    int writer = -1;
+    enum State : uint8_t { unwritten, pending, written } state = unwritten;
+    int writer = -1;  // none
     uint32_t clock = 0;
     int block = 0;
-    uint32_t reads = 0;  // a list of Read, 0 for none
+    uint32_t uses = 0;  // a list of Use, 0 for none
 };
-struct Read {
-    int thread;
-    uint32_t clock, next;
+struct Use {
+    int agent;
+    uint32_t clock;
+    int block;
+    bool adds;  // by an atomic, else a read
+    uint32_t next;
+};
+struct Uses {
+    std::vector<Use> all{1};  // the first stands for none
+    uint32_t spare = 0;  // a list of those to use again
+
+    void add(Cell& cell, Use use);
 };
 
 struct Gathering {  // of threads that wait for one another
     const char* what = nullptr;
-    int arrived = 0;
+    int which = 0;
+    int expected = 0, arrived = 0;
     uint64_t times = 0;
     Clock clock;
     Clocks others;
+    std::vector<Thread*> waiting;
     void* lanes[kWarp];
 };
 
@@ -85,7 +96,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<char> memory;
     std::vector<Cell> cells;
-    std::vector<Read> reads;
+    Uses uses;
     std::vector<Gathering> warps, warp_syncs;
     Gathering barriers[16];
     size_t agents = 0;  // beside the threads
@@ -103,7 +114,7 @@ bool in_the_past(int thread, uint32_t clock);
 std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what);
 char* bytes_at(Shared address);
 void note_write(Cell& cell, Shared address, Cell::State state);
-void add_read(Cell& cell, int agent, uint32_t clock);
+void add_read(Cell& cell, int agent, uint32_t clock);  // replaces an earlier one
 void check_global(const void* address, int bytes, const char* what);
 
 // Of hopper.cpp. Where nothing else can go on: brings a box that a thread waits for, if there is one.

@@ -28,7 +28,7 @@ const std::function<void()>* body;
 int number;  // of the block
 bool reversed;  // the order of threads and blocks
 std::vector<View> views;
-std::unordered_map<uintptr_t, std::vector<Cell>> pages;  // of global memory, as this launch uses it
+std::unordered_map<uintptr_t, Shadow> pages;  // of global memory, as this launch uses it
 Uses global_uses;
 std::unordered_map<const void*, Clocks> released;  // what atomics at a place have behind them
 int devices;  // alive
@@ -92,7 +92,7 @@ void run_block(int threads, int shared_bytes) {
     block = &now;
     now.threads.resize(size_t(threads));
     now.memory.assign(size_t(shared_bytes + 15) / 16 * 16, char(0xff));  // NaN
-    now.cells.resize(now.memory.size() / 2);
+    now.shadow.resize(now.memory.size() / 2);
     now.warps.resize(size_t(threads / kWarp));
     now.warp_syncs.resize(size_t(threads / kWarp));
     now.agents = architecture() < 90 ? 0 : kMbarriers + threads / kWarp;
@@ -133,13 +133,33 @@ bool in_the_past(int thread, uint32_t clock) {
     return thread == self->id || clock <= self->clock[size_t(thread)];
 }
 
-std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what) {
+namespace {
+
+size_t cell_at(Shared address, int bytes, const char* what) {
     if (address % unsigned(bytes) != 0)
         fail("%s of %d bytes at shared address %u: misaligned", what, bytes, address);
     if (address < kBase || address + unsigned(bytes) > kBase + block->memory.size())
         fail("%s at byte %d of %zu of shared memory: out of bounds", what, int(address) - int(kBase),
              block->memory.size());
-    return block->cells.begin() + (address - kBase) / 2;
+    return (address - kBase) / 2;
+}
+
+void split(Shadow& shadow, Uses& uses, size_t piece) {
+    if (!shadow.whole[piece]) return;
+    shadow.whole[piece] = false;
+    Cell* const cells = &shadow.cells[8 * piece];
+    for (int n = 1; n < 8; ++n) {
+        cells[n] = cells[0], cells[n].uses = 0;
+        for (uint32_t u = cells[0].uses; u != 0; u = uses.all[u].next) uses.add(cells[n], uses.all[u]);
+    }
+}
+
+}  // namespace
+
+std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what) {
+    const size_t first = cell_at(address, bytes, what);
+    split(block->shadow, block->uses, first / 8);
+    return block->shadow.cells.begin() + std::ptrdiff_t(first);
 }
 
 char* bytes_at(Shared address) { return block->memory.data() + (address - kBase); }
@@ -187,6 +207,11 @@ bool in_the_past(int of_block, int agent, uint32_t clock) {
 // Notes a use of a cell, unless an earlier one conflicts and nothing orders the two. What lies in the past of this
 // use is forgotten, where whatever conflicts with it conflicts with this one as well.
 void note(Uses& uses, Cell& cell, Kind kind, Shared address) {
+    if (cell.state == Cell::pending)
+        fail("%s at byte %u of shared memory before the copy of thread %d was waited for", kDoes[kind],
+             address - kBase, cell.writer);
+    if (address != 0 && cell.state == Cell::unwritten && kind != writing)
+        fail("%s at byte %u of shared memory, which nobody has written", kDoes[kind], address - kBase);
     if (cell.writer >= 0 && !in_the_past(cell.block, cell.writer, cell.clock))
         conflict(kind, writing, cell.block, cell.writer, address);
     for (uint32_t* link = &cell.uses; *link != 0;) {
@@ -207,19 +232,25 @@ void note(Uses& uses, Cell& cell, Kind kind, Shared address) {
         uses.add(cell, {self->id, now, number, kind == adding, 0});
 }
 
-void note_shared(Cell& cell, Shared address, Kind kind) {
-    if (cell.state == Cell::pending)
-        fail("%s at byte %u of shared memory before the copy of thread %d was waited for", kDoes[kind],
-             address - kBase, cell.writer);
-    if (cell.state == Cell::unwritten && kind != writing)
-        fail("%s at byte %u of shared memory, which nobody has written", kDoes[kind], address - kBase);
-    note(block->uses, cell, kind, address);
+// The same of some bytes, at `first` of a shadow.
+void note(Shadow& shadow, Uses& uses, size_t first, int bytes, Kind kind, Shared address) {
+    if (bytes == 16 && shadow.whole[first / 8]) return note(uses, shadow.cells[first], kind, address);
+    split(shadow, uses, first / 8);
+    for (int n = 0; n < bytes; n += 2)
+        note(uses, shadow.cells[first++], kind, address == 0 ? 0 : address + unsigned(n));
+    if (bytes == 16 && kind == writing) shadow.whole[(first - 1) / 8] = true;
+}
+
+Cell& note_shared(Shared address, int bytes, Kind kind) {
+    const size_t first = cell_at(address, bytes, kDoes[kind]);
+    note(block->shadow, block->uses, first, bytes, kind, address);
+    return block->shadow.cells[first];
 }
 
 }  // namespace
 
 void note_write(Cell& cell, Shared address, Cell::State state) {
-    note_shared(cell, address, writing);
+    note(block->uses, cell, writing, address);
     cell.state = state;
 }
 
@@ -248,9 +279,9 @@ void note_global(const void* address, int bytes, Kind kind) {
     check_global(address, bytes, kDoes[kind]);
     constexpr uintptr_t kPage = 512;  // cells
     const uintptr_t first = reinterpret_cast<uintptr_t>(address) / 2;
-    std::vector<Cell>& page = pages[first / kPage];  // an aligned access lies in one
-    if (page.empty()) page.resize(kPage);
-    for (int n = 0; n < bytes; n += 2) note(global_uses, page[first % kPage + size_t(n / 2)], kind, 0);
+    Shadow& page = pages[first / kPage];  // an aligned access lies in one
+    if (page.cells.empty()) page.resize(kPage);
+    note(page, global_uses, first % kPage, bytes, kind, 0);
 }
 
 // --- Threads that wait for one another
@@ -329,14 +360,12 @@ void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void
 }
 
 const void* read_shared(Shared address, int bytes) {
-    auto cell = cells_at(address, bytes, "read");
-    for (int n = 0; n < bytes; n += 2) note_shared(*cell++, address + unsigned(n), reading);
+    note_shared(address, bytes, reading);
     return bytes_at(address);
 }
 
 void write_shared(Shared address, const void* from, int bytes) {
-    auto cell = cells_at(address, bytes, "write");
-    for (int n = 0; n < bytes; n += 2) note_write(*cell++, address + unsigned(n), Cell::written);
+    note_shared(address, bytes, writing);
     std::memcpy(bytes_at(address), from, size_t(bytes));
 }
 
@@ -345,7 +374,7 @@ void write_global(const void* address, int bytes) { note_global(address, bytes, 
 
 void together(const char* what, void* mine, const std::function<void(void* const*)>& all, int which) {
     Gathering& warp = block->warps[size_t(self->id / kWarp)];
-    if (warp.arrived > 0 && (std::strcmp(warp.what, what) != 0 || warp.which != which))
+    if (warp.arrived > 0 && ((warp.what != what && std::strcmp(warp.what, what) != 0) || warp.which != which))
         fail("%s (%d), where other lanes of the warp call %s (%d)", what, which, warp.what, warp.which);
     warp.what = what, warp.which = which;
     warp.lanes[self->id % kWarp] = mine;
@@ -367,11 +396,8 @@ Shared shared_memory() { return kBase; }
 // --- Asynchronous copies: written to memory by the wait, no sooner
 
 void copy_async(Shared to, const void* from, bool valid) {
-    if (valid) {
-        read_global(from, 16);
-    }
-    auto cell = cells_at(to, 16, "asynchronous copy");
-    for (int n = 0; n < 16; n += 2) note_write(*cell++, to + unsigned(n), Cell::pending);
+    if (valid) read_global(from, 16);
+    note_shared(to, 16, writing).state = Cell::pending;
     self->groups.back().push_back({to, valid ? from : nullptr});
 }
 
@@ -381,9 +407,8 @@ void wait_for_copies(int newest) {
     auto& groups = self->groups;
     while (int(groups.size()) - 1 > newest) {
         for (const Copy& copy : groups.front()) {
-            auto cell = cells_at(copy.to, 16, "asynchronous copy");
-            for (int n = 0; n < 8; ++n, ++cell)
-                *cell = {Cell::written, self->id, self->clock[size_t(self->id)], number, 0};
+            Cell& cell = block->shadow.cells[(copy.to - kBase) / 2];
+            cell.state = Cell::written, cell.clock = self->clock[size_t(self->id)];
             if (copy.from != nullptr) read_global(copy.from, 16);  // not before
             if (copy.from != nullptr)
                 std::memcpy(bytes_at(copy.to), copy.from, 16);
@@ -473,8 +498,7 @@ void fence() {
 }
 
 int atomic_add(Shared address, int x) {
-    auto cell = cells_at(address, 4, "atomic");
-    for (int n = 0; n < 4; n += 2) note_shared(*cell++, address + unsigned(n), adding);
+    note_shared(address, 4, adding);
     int before;
     std::memcpy(&before, bytes_at(address), 4);
     const int after = before + x;

@@ -79,6 +79,14 @@ struct Uses {
     void add(Cell& cell, Use use);
 };
 
+// Of some memory. Eight cells used 16 bytes at a time are one, the first, until they are used apart.
+struct Shadow {
+    std::vector<Cell> cells;
+    std::vector<char> whole;
+
+    void resize(size_t size) { cells.resize(size), whole.assign(size / 8, true); }
+};
+
 struct Gathering {  // of threads that wait for one another
     const char* what = nullptr;
     int which = 0;
@@ -95,7 +103,7 @@ struct Hopper;  // what hopper.cpp keeps for a block
 struct Block {
     std::vector<Thread> threads;
     std::vector<char> memory;
-    std::vector<Cell> cells;
+    Shadow shadow;
     Uses uses;
     std::vector<Gathering> warps, warp_syncs;
     Gathering barriers[16];

@@ -1,4 +1,4 @@
-"""What sm_90a adds, on a CPU: the copy engine, mbarriers, products beside the threads; faults are found out."""
+"""What sm_90a adds, on a CPU: copy engine, mbarriers, products beside the threads; faults are found out."""
 
 import pytest
 import torch

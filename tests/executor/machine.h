@@ -1,4 +1,4 @@
-// What executor.cpp and hopper.cpp share: the block that runs, its threads, the shadow of its memory.
+// What executor.cpp, shadow.cpp and hopper.cpp share: the block that runs, its threads, the shadow of its memory.
 #pragma once
 
 #include <setjmp.h>
@@ -116,6 +116,7 @@ struct Block {
 extern Block* block;
 extern Thread* self;
 extern std::string error;
+extern int number;  // of the block
 
 void wait(const uint64_t& counter, uint64_t seen, const char* what);
 bool in_the_past(int thread, uint32_t clock);
@@ -124,6 +125,13 @@ char* bytes_at(Shared address);
 void note_write(Cell& cell, Shared address, Cell::State state);
 void add_read(Cell& cell, int agent, uint32_t clock);  // replaces an earlier one
 void check_global(const void* address, int bytes, const char* what);
+
+// Of shadow.cpp.
+enum Kind { reading, writing, adding };  // by an atomic
+Cell& note_shared(Shared address, int bytes, Kind kind);  // the first of its cells
+void add_global(const void* address, int bytes);
+void forget_global();
+void forget_views();
 
 // Of hopper.cpp. Where nothing else can go on: brings a box that a thread waits for, if there is one.
 bool deliver_a_box();

@@ -64,13 +64,25 @@ def reason_against_kernel(device: torch.device) -> str | None:
     )
 
 
+def reason_against_gpu(device: torch.device) -> str | None:
+    """None where `device` is new enough for the CUDA C++ kernels, or no GPU, else why not."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "CUDA kernels need compute capability 8.0"
+    return None
+
+
 def reason_against_16bit(x: torch.Tensor) -> str | None:
     """None where the CUDA C++ kernels take x by its dtype and GPU, else why not."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"CUDA kernels take bfloat16 and float16, not {x.dtype}"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "CUDA kernels need compute capability 8.0"
-    return None
+    return reason_against_gpu(x.device)
+
+
+def reason_against_float64(x: torch.Tensor) -> str | None:
+    """The same for kernels that work in float32 and take it too."""
+    if x.dtype == torch.float64:
+        return "CUDA kernels take bfloat16, float16 and float32, not torch.float64"
+    return reason_against_gpu(x.device)
 
 
 def reason_against_call(call) -> str | None:

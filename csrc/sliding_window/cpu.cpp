@@ -15,6 +15,7 @@
 #include "../common/tensors.h"
 #include "arguments.h"
 #include "sliding_window.h"
+#include "step.h"
 
 namespace {
 
@@ -225,31 +226,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Tensor v_ring, Tensor position,
             Optional sinks, double scale, double softcap) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k_ring.dim() == 4 && v_ring.dim() == 4,
-                    "q, k, v and the rings must have four dimensions");
+    const auto sizes =
+        slm::sliding_window::check_step(q, k, v, k_ring, v_ring, position, sinks, scale, softcap);
     slm::Step s{};
     s.dtype = dtype_of(q);
-    s.B = q.size(0), s.n = q.size(1), s.Hq = q.size(2), s.D = q.size(3);
-    s.H = k.size(2), s.Dv = v.size(3), s.W = k_ring.size(2);
-    for (const Tensor* x : {&k, &v, static_cast<const Tensor*>(&k_ring), static_cast<const Tensor*>(&v_ring)})
-        STD_TORCH_CHECK(x->scalar_type() == q.scalar_type() && x->size(0) == s.B,
-                        "q, k, v and the rings must have one dtype and batch");
-    STD_TORCH_CHECK(k.size(1) == s.n && v.size(1) == s.n && v.size(2) == s.H && k.size(3) == s.D &&
-                        k_ring.size(1) == s.H && k_ring.size(3) == s.D && v_ring.size(1) == s.H &&
-                        v_ring.size(2) == s.W && v_ring.size(3) == s.Dv && s.H > 0 && s.Hq % s.H == 0 &&
-                        s.W > 0,
-                    "q, k, v and the rings do not fit together");
-    STD_TORCH_CHECK(k_ring.is_contiguous() && v_ring.is_contiguous() && position.is_contiguous() &&
-                        position.scalar_type() == ScalarType::Long && position.dim() == 2 &&
-                        position.size(0) == s.B && position.size(1) == s.H,
-                    "rings must be contiguous, position int64 [B, H]");
+    s.B = sizes.B, s.n = sizes.n, s.Hq = sizes.Hq, s.D = sizes.D;
+    s.H = sizes.H, s.Dv = sizes.Dv, s.W = sizes.W;
     const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
     Optional logits;
-    if (sinks.has_value()) {
-        STD_TORCH_CHECK(sinks->numel() == s.Hq && sinks->scalar_type() == statistics_type(s.dtype),
-                        "sinks must be [Hq], float32 (float64 for float64 inputs)");
-        logits = torch::stable::contiguous(*sinks);
-    }
+    if (sinks.has_value()) logits = torch::stable::contiguous(*sinks);
     Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.Hq, s.Dv});
     s.q = rows_of(queries), s.o = rows_of(o);
     s.k_ring = k_ring.data_ptr(), s.v_ring = v_ring.data_ptr();

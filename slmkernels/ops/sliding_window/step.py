@@ -104,7 +104,30 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     return StepCall(q, k, v, cache, sinks, scale, softcap)
 
 
-OPERATION = register(Operation("sliding_window_attention_step", dict(SUPPORTS), prepare))
+def full_call(call: StepCall) -> Call:
+    """The full operation as a wide step calls it, but for the keys that the ring holds."""
+    return Call(*call[:3], call.sinks, None, None, call.cache.window - 1, 0, call.scale, call.softcap)
+
+
+def reason_against_cuda(call: StepCall) -> str | None:
+    """None where the CUDA C++ kernel takes the call by its dtype and shapes, else why not."""
+    for name, x in (("q", call.q), ("v", call.v)):
+        size = x.shape[-1]
+        if size % 8 != 0 or size > 256:
+            return f"{name} has head dimension {size}; CUDA kernels take multiples of 8 up to 256"
+    return native.reason_against_float64(call.q)
+
+
+def reason_against_native(call: StepCall) -> str | None:
+    """None where native kernels can run the call, else why not."""
+    if call.q.shape[1] > FEW_TOKENS:
+        return SUPPORTS["native"](full_call(call))
+    device = call.q.device
+    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+
+
+SUPPORTS_STEP = {**SUPPORTS, "native": reason_against_native}
+OPERATION = register(Operation("sliding_window_attention_step", SUPPORTS_STEP, prepare))
 
 
 def sliding_window_attention_step(
@@ -138,8 +161,7 @@ def sliding_window_attention_step(
     if q.shape[1] > FEW_TOKENS:
         past_k, past_v = cache.last(min(cache.length, cache.window - 1))
         keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        full = Call(q, keys, values, sinks, None, None, cache.window - 1, 0, call.scale, call.softcap)
-        o, _ = attend(full, chosen)
+        o, _ = attend(full_call(call)._replace(k=keys, v=values), chosen)
         cache.append(k, v)
         return o
     if sinks is not None:  # statistics are float32 at least

@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from slmkernels.facts import environment  # noqa: F401
+from slmkernels.facts import Facts, environment  # noqa: F401
 
 from .timing import Timer
 

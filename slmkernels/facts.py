@@ -14,6 +14,8 @@ import torch
 from . import native
 from .dispatch import OPERATIONS
 
+Facts = dict[str, str | int]
+
 
 def info() -> str:
     """A report of what is installed and, for what is missing, why. One fact a line, ready to print."""
@@ -32,7 +34,7 @@ def info() -> str:
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device) -> Facts:
     """What a measured result depends on: to print above it, and to keep beside it."""
     facts = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -89,6 +89,12 @@ def error(ours: Tensor, truth: Tensor) -> float:
     return distance.max().item() if distance.numel() else 0.0
 
 
+def size(truth: Tensor) -> float:
+    """The largest finite number, at least 1."""
+    finite = truth[truth.isfinite()].abs()
+    return max(1.0, finite.max().item()) if finite.numel() else 1.0
+
+
 def deviation(
     name: str, ours: Tensor, same: Tensor, truth: Tensor, dtype: torch.dtype, eps: float | None = None,
 ) -> Deviation:  # fmt: skip
@@ -104,8 +110,7 @@ def deviation(
     plain = error(same, truth)
     if not plain < torch.inf:
         return Deviation(0.0, 0.0, "PyTorch's own result is not finite, the rule would say nothing")
-    size = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-    return Deviation(error(ours, truth), 2 * plain + (EPS[dtype] if eps is None else eps) * max(1.0, size))
+    return Deviation(error(ours, truth), 2 * plain + (EPS[dtype] if eps is None else eps) * size(truth))
 
 
 @contextlib.contextmanager

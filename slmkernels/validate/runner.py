@@ -27,6 +27,7 @@ from .rule import (
     poisoned_memory,
     rounded,
     run,
+    size,
     statistic,
 )
 from .subject import Options, Subject
@@ -35,8 +36,8 @@ BACKENDS = ("native", "triton")  # the third, the reference, is what they are he
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in EPS}
 CASES = 1_000_000  # of a seed
 DRAWS = 1_000  # of the tensors of a case
-FEW = 100  # numbers: the largest error of fewer, in 16 bits, is a matter of luck
-LUCK = 4  # draws, of which PyTorch's largest error counts then
+FEW = 100  # numbers: the largest error of fewer is a matter of luck
+LUCK = 4  # draws, of which PyTorch's largest error counts then, as a part of the largest number
 FUTILE = 32  # refused calls in a row, after which a backend is not asked again
 
 
@@ -121,15 +122,17 @@ class Call:
             double = {name: x.double() for name, x in tensors.items()}
             slack = self.subject.slack(double, self.dtype, options)
             more = {name: slack.get(name, 0.0) for name in over}
-        few = [name for name in over if truth[name].numel() < FEW and self.dtype.itemsize == 2]
-        largest = {name: error(same[name], truth[name]) for name in few}
+        few = [name for name in over if truth[name].numel() < FEW and self.dtype != torch.float64]
+        plain = {name: error(same[name], truth[name]) / size(truth[name]) for name in few}
+        largest = dict(plain)
         for draw in range(1, LUCK if few else 0):
             other_same, other_truth = self.expected(*self.tensors(draw))
             for name in few:
-                one_more = error(other_same[name], other_truth[name])
-                more[name] += 2 * max(0.0, one_more - largest[name])
-                largest[name] = max(largest[name], one_more)
-        return more
+                another = error(other_same[name], other_truth[name]) / size(other_truth[name])
+                largest[name] = max(largest[name], another)
+        return more | {
+            name: more[name] + 2 * (largest[name] - plain[name]) * size(truth[name]) for name in few
+        }
 
 
 @dataclass

@@ -162,6 +162,19 @@ def rounding_of_delta(tensors: Tensors, dtype: torch.dtype, options: dict) -> di
     return slack | {name: slack[name] + more[name] for name in ("dmix", "dnormalizer") if name in slack}
 
 
+def slack(tensors: Tensors, dtype: torch.dtype, options: dict) -> dict[str, float]:
+    """`rounding_of_delta`; and what three standard deviations of roundings do to d(mix), a sum that cancels
+    where all keys are near: one of dtype for each dO o, and the rounding of the sum itself."""
+    found = rounding_of_delta(tensors, dtype, options)
+    if "dmix" in found:
+        o = by_sequence(**{name: x for name, x in tensors.items() if name in LEAVES}, **options)[0]
+        terms = tensors["do"] * o / tensors["mix"][:, None]  # [B, T, Hq, V]
+        walk = torch.finfo(dtype).eps / 2 * terms.square().sum((0, 1, 3)).sqrt()
+        sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 * terms.abs().sum((0, 1, 3))
+        found["dmix"] += (3 * walk + sums).max().item()
+    return found
+
+
 def undecided(tensors: Tensors, options: dict) -> Tensor:
     """bool [B, Hq, T]: where float32 cannot tell which key a row's shift is at, as it can of equal scores.
 
@@ -216,5 +229,5 @@ def steps(backend: str) -> Callable[..., Results]:
 
 
 SUBJECT = Subject(
-    draw, make, public, torch_same_dtype, exact, rounding_of_delta, settle, draw_steps=draw_steps, steps=steps
+    draw, make, public, torch_same_dtype, exact, slack, settle, draw_steps=draw_steps, steps=steps
 )

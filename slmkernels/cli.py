@@ -1,4 +1,4 @@
-"""The command line: `slmkernels train | generate | demo | info`.
+"""The command line: `slmkernels train | generate | demo | validate | info`.
 
 Whatever the user got wrong ends in one line on stderr and exit code 2; Ctrl-C in one line and 130.
 """
@@ -6,6 +6,7 @@ Whatever the user got wrong ends in one line on stderr and exit code 2; Ctrl-C i
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from .train import Interrupted, Settings, Trainer, TrainError, demo, load_corpus
 from .train import checkpoint as checkpoints
 from .train.data import decode_stream, encode
 from .train.settings import LAYERS
+from .validate import BACKENDS as VALIDATED
+from .validate import DTYPES, SUBJECTS, validate
+from .validate.progress import ValidationProgress
 
 DEMO_SETTINGS = ("steps", *LAYERS)  # that `demo` takes too
 
@@ -38,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise TrainError(f"--threads is {args.threads}; expected an int >= 1")
             torch.set_num_threads(args.threads)
         with _backend(args):
-            args.run(args)
-        return 0
+            return args.run(args) or 0
     except BrokenPipeError:  # the reader of our output left; Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -62,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _backend(args: argparse.Namespace):
     name = getattr(args, "backend", None)
-    return use_backend(name) if name else contextlib.nullcontext()
+    return use_backend(name) if isinstance(name, str) else contextlib.nullcontext()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +116,46 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command)
     command.set_defaults(run=_demo)
 
+    command = commands.add_parser(
+        "validate", help="random calls of every operation on every backend, against float64"
+    )
+    command.add_argument(
+        "--op",
+        nargs="+",
+        choices=SUBJECTS,
+        default=tuple(SUBJECTS),
+        metavar="NAME",
+        help=(f"only these (default: all: {', '.join(SUBJECTS)})"),
+    )
+    command.add_argument(
+        "--backend",
+        nargs="+",
+        choices=VALIDATED,
+        default=VALIDATED,
+        metavar="NAME",
+        help="only these: native, triton (default: both)",
+    )
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        metavar="NAME",
+        help=f"only these: {', '.join(DTYPES)} (default: all; on cuda all but float64)",
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        metavar="FLOAT",
+        help="of all together (default: 60); 0: one case in every dtype",
+    )
+    command.add_argument("--seed", type=int, metavar="INT", help="of the cases (default: 0)")
+    command.add_argument(
+        "--case", type=int, metavar="INT", help="run this one alone, as a failure's line says"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    _add_machine(command)
+    command.set_defaults(run=_validate)
+
     command = commands.add_parser("info", help="what is installed, and why something is not")
     command.set_defaults(run=lambda args: print(info()))
     return parser
@@ -130,6 +173,10 @@ def _add_setting(command: argparse.ArgumentParser, field: dataclasses.Field) -> 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", choices=BACKENDS, help="force one (default: the best that can)")
+    _add_machine(command)
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: torch's)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument(
@@ -196,3 +243,34 @@ def _generate(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     settings = _settings({name: getattr(args, name) for name in DEMO_SETTINGS}, {})
     demo.run(settings, args.out, _device(args.device))
+
+
+def _validate(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    dtypes = args.dtype or [name for name in DTYPES if device.type == "cpu" or name != "float64"]
+    if args.case is not None and (args.seed is not None or args.seconds is not None):
+        raise TrainError("--case runs one case alone; expected no --seed and no --seconds beside it")
+    seconds, seed = 60.0 if args.seconds is None else args.seconds, args.seed or 0
+    if not 0 <= seconds < math.inf:
+        raise TrainError(f"--seconds is {seconds}; expected a number >= 0")
+    for name, number, end in (("--seed", seed, 10**9), ("--case", args.case or 0, 10**15)):
+        if not 0 <= number < end:
+            raise TrainError(f"{name} is {number}; expected an int from 0 to {end - 1}")
+    if args.json and args.json.is_dir():
+        raise TrainError(f"--json {str(args.json)!r} is a folder; expected a file")
+    with ValidationProgress(seconds) as progress:
+        report = validate(
+            args.op,
+            args.backend,
+            dtypes,
+            device=device,
+            seconds=seconds,
+            seed=seed,
+            case=args.case,
+            found=lambda failure: progress.say(str(failure)),
+            progress=progress.update,
+        )
+    report.print()
+    if args.json:
+        report.write(args.json)
+    return int(not report.passed)

@@ -1,13 +1,20 @@
 """What this installation has: versions, libraries, CPU tier, GPU, Triton, and why something is missing."""
 
 import importlib.util
+import os
 import platform
+import subprocess
+import time
 from importlib.metadata import version
+from pathlib import Path
+from subprocess import DEVNULL
 
 import torch
 
 from . import native
 from .dispatch import OPERATIONS
+
+Facts = dict[str, str | int]
 
 
 def info() -> str:
@@ -25,6 +32,30 @@ def info() -> str:
     if native.HAS_CPU and native.host is None:
         rows["host module"] = f"missing: {native.REASONS['_host']}"
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+
+
+def environment(device: torch.device) -> Facts:
+    """What a measured result depends on: to print above it, and to keep beside it."""
+    facts = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "slmkernels": _version("slmkernels"),
+        "cpu": _cpu_model(),
+        "isa": native.host.get_isa() if native.host else f"no native library: {_why_no_library()}",
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "backend": os.environ.get("SLMKERNELS_BACKEND") or "automatic",
+    }
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
+
+
+def _why_no_library() -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in native.REASONS.items())
 
 
 def _version(package: str) -> str:
@@ -50,3 +81,24 @@ def _cuda_reason() -> str:
 
 def _triton() -> str:
     return version("triton") if importlib.util.find_spec("triton") else "missing: pip install triton"
+
+
+def _commit() -> str:
+    """The checkout's commit, with `+changes` where tracked files differ from it."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed, perhaps below a repository of somebody else's
+        return "unknown (not a git checkout)"
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True, stderr=DEVNULL)
+        changed = subprocess.call([*git, "diff", "--quiet", "HEAD"])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return commit.strip() + "+changes" * bool(changed)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

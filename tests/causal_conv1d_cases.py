@@ -6,13 +6,12 @@ computation in PyTorch in the same dtype, plus a rounding of the largest value:
     |ours - ref64| <= 2 |torch_same_dtype - ref64| + eps * max(1, max|ref64|)
 """
 
-from itertools import pairwise
-
 import torch
+from rule import EPS
 
 from slmkernels import causal_conv1d
+from slmkernels.validate.causal_conv1d import plain
 
-EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 NAMES = ("y", "state", "dx", "dweight", "dbias", "dinitial")
 
 
@@ -27,29 +26,6 @@ def inputs(seed, B, T, C, W, *, N=None, bias=True, initial=True):
     x, weight, b, state = normal(B, T, C), normal(C, W), normal(C), normal(N, W - 1, C)
     tensors = (x, weight, b if bias else None, state if initial else None)
     return *tensors, normal(B, T, C), normal(N, W - 1, C)
-
-
-def plain(x, weight, bias=None, *, activation=None, initial_state=None, cu_seqlens=None):
-    """The formula by PyTorch's own convolution, in the inputs' dtype -> y, state."""
-    if cu_seqlens is not None:
-        parts = [
-            plain(
-                x[:, a:b], weight, bias, activation=activation,
-                initial_state=None if initial_state is None else initial_state[n : n + 1],
-            )
-            for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
-        ]  # fmt: skip
-        return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])
-    B, T, C = x.shape
-    W = weight.shape[1]
-    past = x.new_zeros(B, W - 1, C) if initial_state is None else initial_state
-    e = torch.cat([past, x], 1)
-    bias = None if bias is None else bias.to(x.dtype)
-    y = x
-    if x.numel():
-        y = torch.nn.functional.conv1d(e.transpose(1, 2), weight.to(x.dtype)[:, None], bias, groups=C)
-        y = y.transpose(1, 2)
-    return torch.nn.functional.silu(y) if activation else y, e[:, T:]
 
 
 def run(tensors, dtype, backend, *, parameters=None, **options):

@@ -4,7 +4,8 @@ import os
 
 import hypothesis
 import pytest
-import torch
+
+from slmkernels.validate import rule
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
@@ -21,9 +22,6 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN, also inside the operators, so that an element nobody wrote is seen."""
-    previous = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(previous, warn_only=warn_only)
+    """torch.empty gives NaN, so that an element nobody wrote is seen."""
+    with rule.poisoned_memory():
+        yield

@@ -15,6 +15,7 @@ from . import native
 from .dispatch import OPERATIONS
 
 Facts = dict[str, str | int]
+NOT_YET_RUN = "not yet run on hardware"  # the kernels for GPUs; to go, with its uses, when they have been
 
 
 def info() -> str:
@@ -24,7 +25,7 @@ def info() -> str:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "cpu library": _cpu_library(),
-        "cuda library": "loaded" if native.HAS_CUDA else f"missing: {_cuda_reason()}",
+        "cuda library": _cuda_library(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "triton": _triton(),
         "operations": ", ".join(OPERATIONS),
@@ -75,12 +76,19 @@ def _cpu_library() -> str:
     return f"loaded, tier {native.host.get_isa()} (this CPU runs {tiers}); {native.host.build_facts()}"
 
 
-def _cuda_reason() -> str:
-    return native.REASONS.get("_C_cuda") or "torch sees no CUDA device"
+def _cuda_library() -> str:
+    reason = native.REASONS.get("_C_cuda")  # it was asked for, and is not there or does not load
+    if reason is None and native.library("_C_cuda") is None:
+        reason = native.build_report("_C_cuda")
+    if reason is not None:
+        return f"missing: {reason}"
+    return f"{'loaded, ' * native.HAS_CUDA}{native.build_report('_C_cuda')}, {NOT_YET_RUN}"
 
 
 def _triton() -> str:
-    return version("triton") if importlib.util.find_spec("triton") else "missing: pip install triton"
+    if importlib.util.find_spec("triton") is None:
+        return "missing: pip install triton"
+    return f"{version('triton')}, {NOT_YET_RUN}"
 
 
 def _commit() -> str:

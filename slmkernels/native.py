@@ -12,24 +12,32 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parent
+NEEDED = {"_C_cpu": "a C++ compiler", "_C_cuda": "nvcc"}  # to build a library
 REASONS: dict[str, str] = {}  # library -> why it is absent
 
 
-def _build_report() -> dict[str, str]:
-    """What setup.py wrote about this installation: library -> 'built' or why it was left out."""
+def build_report(name: str) -> str:
+    """What setup.py wrote about a library of this installation: how it was built, or why it was left out."""
     path = PACKAGE / "_build_report.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report.get(name, f"not built; run `pip install .` where {NEEDED[name]} is")
+
+
+def library(name: str) -> Path | None:
+    """The file of a library, where it was built."""
+    matches = sorted(PACKAGE.glob(f"{name}.*so")) + sorted(PACKAGE.glob(f"{name}.*pyd"))
+    return matches[0] if matches else None
 
 
 def _load(name: str) -> bool:
-    matches = sorted(PACKAGE.glob(f"{name}.*so")) + sorted(PACKAGE.glob(f"{name}.*pyd"))
-    if not matches:
-        REASONS[name] = _build_report().get(name, "not built; run `pip install .` where a C++ compiler is")
+    path = library(name)
+    if path is None:
+        REASONS[name] = build_report(name)
         return False
     try:
-        torch.ops.load_library(str(matches[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        REASONS[name] = f"{matches[0].name} does not load: {error}"
+        REASONS[name] = f"{path.name} does not load: {error.__cause__ or error}"
         return False
     return True
 

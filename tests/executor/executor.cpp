@@ -124,6 +124,13 @@ void run_block(int threads, int shared_bytes) {
 
 // --- The shadow of memory
 
+std::string name_of(int agent) {
+    const int beyond = agent - int(block->threads.size());
+    if (beyond < 0) return "thread " + std::to_string(agent);
+    return beyond < kMbarriers ? "the copy engine"
+                               : "a product of warp " + std::to_string(beyond - kMbarriers);
+}
+
 bool in_the_past(int thread, uint32_t clock) {
     return thread == self->id || clock <= self->clock[size_t(thread)];
 }
@@ -153,25 +160,25 @@ void note_read(Cell& cell, Shared address) {
     if (cell.state == Cell::unwritten)
         fail("read at byte %u of shared memory, which nobody has written", address - kBase);
     if (cell.state == Cell::pending)
-        fail("read at byte %u of shared memory before the copy of thread %d was waited for", address - kBase,
-             cell.writer);
+        fail("read at byte %u of shared memory before the copy of %s was waited for", address - kBase,
+             name_of(cell.writer).c_str());
     if (!in_the_past(cell.writer, cell.clock))
-        fail("read at byte %u of shared memory, written by thread %d: no barrier between", address - kBase,
-             cell.writer);
+        fail("read at byte %u of shared memory, written by %s: no barrier between", address - kBase,
+             name_of(cell.writer).c_str());
     add_read(cell, self->id, self->clock[size_t(self->id)]);
 }
 
 void note_write(Cell& cell, Shared address, Cell::State state) {
     if (cell.state == Cell::pending)
-        fail("write at byte %u of shared memory, where a copy of thread %d has not been waited for",
-             address - kBase, cell.writer);
+        fail("write at byte %u of shared memory, where a copy of %s has not been waited for", address - kBase,
+             name_of(cell.writer).c_str());
     if (cell.state != Cell::unwritten && !in_the_past(cell.writer, cell.clock))
-        fail("write at byte %u of shared memory, written by thread %d: no barrier between", address - kBase,
-             cell.writer);
+        fail("write at byte %u of shared memory, written by %s: no barrier between", address - kBase,
+             name_of(cell.writer).c_str());
     for (uint32_t r = cell.reads; r != 0; r = block->reads[r].next)
         if (!in_the_past(block->reads[r].thread, block->reads[r].clock))
-            fail("write at byte %u of shared memory, read by thread %d: no barrier between", address - kBase,
-                 block->reads[r].thread);
+            fail("write at byte %u of shared memory, read by %s: no barrier between", address - kBase,
+                 name_of(block->reads[r].thread).c_str());
     cell = {state, self->id, self->clock[size_t(self->id)], 0, 0};
 }
 

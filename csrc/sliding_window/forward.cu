@@ -1,14 +1,8 @@
 // Sliding-window attention, forward.
-#include "window.cuh"
+#include "forward.cuh"
 
 namespace slm {
 namespace {
-
-struct Forward {
-    WindowProblem window;
-    Rows o;      // [B, T, Hq, Dv]
-    float* lse;  // [B, Hq, T]
-};
 
 // C: columns that hold a head. kRows: queries a warp.
 template <int C, int kRows>
@@ -116,7 +110,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     const Tensor o = torch::stable::new_empty(q, {B, T, Hq, Dv});
     const Tensor lse = torch::stable::new_empty(q, {B, Hq, T}, ScalarType::Float);
     const Forward p{in.problem, {pointer<void>(o), T * Hq * Dv, Hq * Dv, Dv}, pointer<float>(lse)};
-    SLM_DISPATCH_16BIT(q, run_forward, device, p);
+    if (!forward_sm90(device, p, in.q, in.k, in.v)) SLM_DISPATCH_16BIT(q, run_forward, device, p);
     return {o, lse};
 }
 

@@ -77,51 +77,59 @@ SLM_DEVICE Place place_of(int tile, int rows, int length, int other_length, cons
             load(other + n + 1) - other_start};
 }
 
-// Heads of a group that a block of four warps over queries takes: so they share what it loads of keys and values.
-constexpr int heads_of_block(int group) { return group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1; }
+// Heads of a group that a block of `parts` parts, 2 or 4, over queries takes: so they share what it loads of keys
+// and values.
+constexpr int heads_of_block(int group, int parts = 4) {
+    return group % parts == 0 ? parts : group % 2 == 0 ? 2 : 1;
+}
 
-// What a warp of kRows rows works on, in a kernel over queries with four warps a block: `heads` heads on the same
-// positions, 4 / heads warps a head. Positions are those among the keys of the sequence.
-template <int kRows>
+// What a part of a block works on, kRows rows, in a kernel over queries: `heads` heads on the same positions,
+// kParts / heads parts a head. A part is a warp or a warpgroup. Positions are those among the keys of the sequence.
+template <int kRows, int kParts = 4>
 struct QueryTile {
-    int b, h, head;  // batch entry, key-value head, the warp's query head
+    int b, h, head;  // batch entry, key-value head, the part's query head
     int part;  // which of the `parts` runs of kRows rows of a head
-    int row, rows;  // the warp's first row in the tensor, and how many there are up to its sequence's end
+    int row, rows;  // the part's first row in the tensor, and how many there are up to its sequence's end
     int i;  // the first row's position
     int begin, end;  // the keys that the block meets; none if it has no rows
-    int key;  // row of the sequence's first key
+    int key, keys;  // row of the sequence's first key, and how many it has
 
     // Rows of a head in a block.
-    static constexpr int rows_of(int group) { return 4 / heads_of_block(group) * kRows; }
+    static constexpr int rows_of(int group) { return kParts / heads_of_block(group, kParts) * kRows; }
     static constexpr int tiles(const WindowProblem& p) {
         return tile_count(p.T, rows_of(p.Hq / p.H), p.N, p.cu_q != nullptr);
     }
-    static constexpr int parts(const WindowProblem& p) { return tiles(p) * (4 / heads_of_block(p.Hq / p.H)); }
+    static constexpr int parts(const WindowProblem& p) {
+        return tiles(p) * (kParts / heads_of_block(p.Hq / p.H, kParts));
+    }
     static constexpr int64_t blocks(const WindowProblem& p) {
-        return int64_t(p.B) * tiles(p) * p.Hq / heads_of_block(p.Hq / p.H);
+        return int64_t(p.B) * tiles(p) * p.Hq / heads_of_block(p.Hq / p.H, kParts);
     }
 
     // Blocks that share keys are neighbours, then tiles, the last ones first: without a window they take longest.
-    SLM_DEVICE explicit QueryTile(const WindowProblem& p) {
-        const int group = p.Hq / p.H, heads = heads_of_block(group), warp = warp_of_thread();
+    SLM_DEVICE explicit QueryTile(const WindowProblem& p) : QueryTile(p, warp_of_thread()) {}
+    SLM_DEVICE QueryTile(const WindowProblem& p, int part_of_block) {
+        const int group = p.Hq / p.H, heads = heads_of_block(group, kParts);
         const int all = tiles(p), sets = group / heads;
         int x = int(blockIdx.x);
-        head = x % sets * heads + warp % heads, x /= sets;
+        head = x % sets * heads + part_of_block % heads, x /= sets;
         const int tile = all - 1 - x % all;
         x /= all;
         h = x % p.H, b = x / p.H;
         head += h * group;
-        part = tile * (4 / heads) + warp / heads;
+        part = tile * (kParts / heads) + part_of_block / heads;
         const Place place = place_of(tile, rows_of(group), p.T, p.S, p.cu_q, p.cu_k, p.N);
-        const int first = place.first + warp / heads * kRows, offset = place.other_length - place.length;
+        const int first = place.first + part_of_block / heads * kRows,
+                  offset = place.other_length - place.length;
         row = place.start + first, rows = place.length - first, key = place.other_start;
+        keys = place.other_length;
         constexpr int kNowhere = 1 << 30;  // meets no key
         i = rows > 0 ? first + offset : kNowhere;
         const int last = min(place.first + rows_of(group), place.length) - 1;
         begin = max(place.first + offset - p.window.before, 0);
         end = place.first > last ? begin : min(last + offset + p.window.after + 1, place.other_length);
     }
-    // Row r of the warp in lse [B, Hq, T].
+    // Row r of the part in lse [B, Hq, T].
     SLM_DEVICE int64_t at(const WindowProblem& p, int r) const {
         return (int64_t(b) * p.Hq + head) * p.T + row + r;
     }

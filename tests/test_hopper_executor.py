@@ -81,6 +81,41 @@ def test_boxes_have_zeros_beyond_the_tensor(layout, row, rows):
     assert torch.equal(operators().boxes(x, row, rows), expected)
 
 
+def lay_out(x, mn_major, pieces, leading, stride):
+    """The place in memory of each of x [64 (n), 16 (k)], in numbers, as section 9.7.15.5.1.2 draws it.
+
+    Matrices are made of atoms, 8 lines of `pieces` pieces of 8 numbers; lines are k if n runs along the
+    pieces. Piece p of line r lies at p ^ (r * pieces // 8). Without a swizzle, a line is one piece.
+    """
+    n, k = torch.meshgrid(torch.arange(64), torch.arange(16), indexing="ij")
+    line, along = (k, n) if mn_major else (n, k)
+    row, piece = line % 8, along // 8 % pieces
+    place = row * pieces * 8 + (piece ^ (row * pieces // 8)) * 8 + along % 8
+    if pieces == 1 and mn_major:
+        leading, stride = stride, leading  # without a swizzle their roles are exchanged
+    return place + line // 8 * stride // 2 + along // (8 * pieces) * leading // 2
+
+
+SWIZZLES = {1: 0, 8: 1, 4: 2, 2: 3}  # pieces of a line: the descriptor's code
+
+
+@pytest.mark.parametrize("mn_major", [False, True])
+@pytest.mark.parametrize("pieces", SWIZZLES)
+def test_matrices_lie_as_the_manual_draws_them(mn_major, pieces):
+    a, b = torch.randn(2, 64, 16).bfloat16()
+    image = torch.zeros(32768, dtype=torch.bfloat16)
+    leading, stride = (4096, 256) if pieces == 1 else (512, 4096)
+    descriptors = []
+    for start, x, mn in ((0, a, False), (32768, b, mn_major)):
+        place = start // 2 + lay_out(x, mn, pieces, leading, stride)
+        assert place.unique().numel() == x.numel()
+        image[place] = x
+        code = SWIZZLES[pieces] - (4 if SWIZZLES[pieces] > 1 else 0)  # of a signed 64-bit number
+        descriptors.append(start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | code << 62)
+    o = operators().matrices(image, *descriptors, mn_major)
+    torch.testing.assert_close(o, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
+
+
 def test_the_copy_engine_takes_no_rows_that_are_not_of_16_bytes():
     with pytest.raises(RuntimeError, match="does not suit the copy engine"):
         operators().boxes(torch.randn(1, 9, 2, 68).bfloat16()[..., :64], 0, 8)

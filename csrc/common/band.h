@@ -42,14 +42,6 @@ struct Band {
         return clip({begin, end}, all);
     }
 
-    // Keys of [0, S) that all of the queries see, queries of `all` that see all of the keys.
-    constexpr Range shared_keys(Range i, int64_t S) const {
-        return clip({left < 0 ? 0 : first(i.end - 1), right < 0 ? S : i.begin + right + 1}, {0, S});
-    }
-    constexpr Range shared_queries(Range j, Range all) const {
-        return clip({right < 0 ? all.begin : j.end - 1 - right, left < 0 ? all.end : last(j.begin) + 1}, all);
-    }
-
     // Do all queries of i see all keys of j? Then no mask is needed.
     constexpr bool full(Range i, Range j) const {
         return sees(i.begin, j.end - 1) && sees(i.end - 1, j.begin);

@@ -1,11 +1,12 @@
-// What sm_90a adds to hardware.cuh: mbarriers, tiles that a copy engine brings (TMA), products of 64 rows that run
-// beside the threads that asked for them (wgmma), registers moved between warpgroups.
+// What sm_90a adds to hardware.cuh: mbarriers, tiles that a copy engine brings (TMA), products of 64 rows
+// that run beside the threads that asked for them (wgmma), registers moved between warpgroups.
 //
-// Only a build for sm_90a has these instructions. SLM_HOPPER says that they may be used; the body of a kernel stands
-// under it, is empty in builds for others, and the operator launches it where architecture() is 90.
+// Only a build for sm_90a has these instructions. SLM_HOPPER says that they may be used; the body of a kernel
+// stands under it, is empty in builds for others, and the operator launches it where architecture() is 90.
 //
-// Threads use memory through the generic proxy, TMA and wgmma through the asynchronous one. What a thread has stored
-// is theirs to see after its fence_async(), then a barrier; what TMA brings is everybody's who waits for its mbarrier.
+// Threads use memory through the generic proxy, TMA and wgmma through the asynchronous one. What a thread has
+// stored is theirs to see after its fence_async(), then a barrier; what TMA brings is everybody's who waits
+// for its mbarrier.
 #pragma once
 
 #include "hardware.cuh"
@@ -21,25 +22,27 @@ namespace slm {
 
 constexpr int kWarpgroup = 128;  // threads; its first warp's number is a multiple of 4
 
-// How a tile lies in shared memory. With 128-byte swizzle the 16-byte pieces of each 128 bytes are permuted, bits 4
-// to 6 of an address becoming their exclusive or with bits 7 to 9: as in tiles.cuh, if rows have 128 bytes and the
-// tile begins at a multiple of 1024. The values are those of a descriptor's bits 62 and 63.
+// How a tile lies in shared memory. With 128-byte swizzle the 16-byte pieces of each 128 bytes are permuted,
+// bits 4 to 6 of an address becoming their exclusive or with bits 7 to 9: as in tiles.cuh, if rows have 128
+// bytes and the tile begins at a multiple of 1024. The values are those of a descriptor's bits 62 and 63.
 enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 
 // Which index of a matrix [m or n, k] runs along the 16-byte pieces.
 enum class Major : int { k = 0, mn = 1 };
 
-// A matrix in shared memory as wgmma takes it (9.7.15.5.1.2). What `leading` and `stride`, in bytes, step over, with
-// a swizzle of P pieces (8 for bytes128), n standing for m too:
-//   Major::k:  8 n are 16 P bytes apart each, the next 8 n are `stride` away; 16 k lie in two neighbouring pieces.
-//   Major::mn: 8 P n lie side by side, the next 8 P n are `leading` away; 8 k are 16 P bytes apart each, the next
-//              8 k are `stride` away.
-// A later k within the same pieces: a later start.
+// A matrix in shared memory as wgmma takes it (9.7.15.5.1.2). What `leading` and `stride`, in bytes, step
+// over, with a swizzle of P pieces (8 for bytes128), n standing for m too:
+//   Major::k:  8 n are 16 P bytes apart each, the next 8 n are `stride` away; 16 k lie in two neighbouring
+//   pieces.
+//   Major::mn: 8 P n lie side by side, the next 8 P n are `leading` away; 8 k are 16 P bytes apart each, the
+//              next 8 k are `stride` away.
 constexpr uint64_t matrix_descriptor(Shared start, uint32_t leading, uint32_t stride,
                                      Swizzle swizzle = Swizzle::bytes128) {
     return uint64_t((start & 0x3ffff) >> 4) | uint64_t((leading & 0x3ffff) >> 4) << 16 |
            uint64_t((stride & 0x3ffff) >> 4) << 32 | uint64_t(swizzle) << 62;
 }
+// The matrix that begins so many bytes later: a later k, by 2 bytes each for Major::k and 16 P for Major::mn.
+constexpr uint64_t advance(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
 }  // namespace slm
 
@@ -55,7 +58,7 @@ namespace slm {
 
 using TensorMap = CUtensorMap;
 
-// --- mbarriers: a phase ends when all its arrivals and all bytes that it expects have come (9.7.13.15) ------------
+// --- mbarriers: a phase ends when all its arrivals and all bytes that it expects have come (9.7.13.15) -----
 
 SLM_DEVICE void init_mbarrier(Shared mbarrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals) : "memory");
@@ -70,8 +73,8 @@ SLM_DEVICE void arrive_expecting(Shared mbarrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier), "r"(bytes)
                  : "memory");
 }
-// Until the phase of this parity has ended: phases 0, 2, ... have parity 0. Of a new mbarrier, the phase before its
-// first, of parity 1, counts as ended.
+// Until the phase of this parity has ended: phases 0, 2, ... have parity 0. Of a new mbarrier, the phase
+// before its first, of parity 1, counts as ended.
 SLM_DEVICE void wait_phase(Shared mbarrier, int parity) {
     asm volatile(
         "{\n"
@@ -86,10 +89,11 @@ SLM_DEVICE void wait_phase(Shared mbarrier, int parity) {
         : "memory");
 }
 
-// --- Tiles brought by the copy engine (9.7.9.25.5) --------------------------------------------------------
+// --- Tiles brought by the copy engine (9.7.9.25.5) ---------------------------------------------------------
 
-// Begins to bring the box at x0 (the innermost), ... of a tensor; its bytes count for the mbarrier. Called by one
-// thread. What lies outside the tensor becomes zeros, and counts. `to`: a multiple of 1024 with 128-byte swizzle.
+// Begins to bring the box at x0 (the innermost), ... of a tensor; its bytes count for the mbarrier. Called by
+// one thread. What lies outside the tensor becomes zeros, and counts. `to`: a multiple of 1024 with 128-byte
+// swizzle.
 SLM_DEVICE void load_box(Shared to, const TensorMap& map, Shared mbarrier, int x0, int x1, int x2, int x3) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -101,7 +105,7 @@ SLM_DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// --- Threads ----------------------------------------------------------------------------------------------
+// --- Threads -----------------------------------------------------------------------------------------------
 
 // True in one lane of the warp.
 SLM_DEVICE bool elect() {
@@ -121,7 +125,7 @@ SLM_DEVICE void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// --- Products beside the threads (9.7.15) -----------------------------------------------------------------
+// --- Products beside the threads (9.7.15) ------------------------------------------------------------------
 
 // Keeps the compiler from moving uses of registers across this point.
 template <int J>
@@ -140,8 +144,9 @@ SLM_DEVICE void pin(uint32_t (&x)[J][4]) {
 }
 
 // A warpgroup's products: after their registers (sums and a) were written, a fence that names them; then
-// multiply_async, as often as wanted; then a commit, which makes a group of them. Until a wait that leaves the group
-// done nobody may touch these registers, or write the shared memory that is read. The wait names the registers too.
+// multiply_async, as often as wanted; then a commit, which makes a group of them. Until a wait that leaves
+// the group done nobody may touch these registers, or write the shared memory that is read. The wait names
+// the registers too.
 template <typename... X>
 SLM_DEVICE void fence_products(X&... registers) {
     (pin(registers), ...);
@@ -167,8 +172,8 @@ SLM_DEVICE void wait_products(X&... registers) {
 #define SLM_SUMS_32 SLM_SUMS_16(0), SLM_SUMS_16(4)
 #define SLM_SUMS_64 SLM_SUMS_32, SLM_SUMS_16(8), SLM_SUMS_16(12)
 
-// One instruction: sums d, a in shared memory (a descriptor) or in registers, b in shared memory, whether to add to
-// what is in d, b's major. The numbers are those of the operands that follow the sums.
+// One instruction: sums d, a in shared memory (a descriptor) or in registers, b in shared memory, whether to
+// add to what is in d, b's major. The numbers are those of the operands that follow the sums.
 #define SLM_WGMMA(n, sums, type, a, b, add, immediates)                                                 \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
     "." type " {" sums "}, " a ", " b ", p, 1, 1, " immediates ";\n}"
@@ -182,9 +187,9 @@ SLM_DEVICE void wait_products(X&... registers) {
                  : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(y), "r"(int(accumulate)), \
                    "n"(int(major)))
 
-// d [64, 8 J] = x [64, 16] y [16, 8 J], or += if `accumulate`; warp w of the warpgroup holds rows 16 w to 16 w + 15
-// in d and x, laid out there as by `multiply`, d[j] being columns 8 j to 8 j + 7. A matrix in shared memory is given
-// by its descriptor; x there is Major::k.
+// d [64, 8 J] = x [64, 16] y [16, 8 J], or += if `accumulate`; warp w of the warpgroup holds rows 16 w to 16
+// w + 15 in d and x, laid out there as by `multiply`, d[j] being columns 8 j to 8 j + 7. A matrix in shared
+// memory is given by its descriptor; x there is Major::k.
 template <typename E, Major major, int J>
 SLM_DEVICE void multiply_async(float (&d)[J][4], uint64_t x, uint64_t y, bool accumulate) {
     static_assert(J == 8 || J == 16);
@@ -219,27 +224,32 @@ SLM_DEVICE void multiply_async(float (&d)[J][4], const uint32_t (&x)[4], uint64_
 #undef SLM_WGMMA_SHARED
 #undef SLM_WGMMA_REGISTERS
 
-// --- The host's side --------------------------------------------------------------------------------------
+// --- The host's side ---------------------------------------------------------------------------------------
 
-// A tensor of 16-bit numbers, sizes and the strides of all but the innermost dimension in bytes, and a box of it.
-// The driver's function is asked of the runtime, so that libcuda need not be linked.
+// A tensor of 16-bit numbers, sizes and the strides of all but the innermost dimension in bytes, and a box of
+// it. The driver's function is asked of the runtime, so that libcuda need not be linked.
 inline TensorMap tensor_map(void* data, bool bf16, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                             const uint32_t (&box)[4]) {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    SLM_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
+        SLM_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                        cudaEnableDefault, &found));
 #else
-    SLM_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+        SLM_CUDA_CHECK(
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
-    STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+        STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess,
+                        "the CUDA driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
     TensorMap map;
     const uint32_t every[4] = {1, 1, 1, 1};
-    const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-        &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, data, sizes,
-        strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, data,
+               sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(result));
     return map;
 }
@@ -250,8 +260,8 @@ inline TensorMap tensor_map(void* data, bool bf16, const uint64_t (&sizes)[4], c
 namespace slm {
 
 // Rows of heads of a 16-bit tensor [B, T, H, D], D a multiple of 64, brought 64 columns at a time as a tile
-// [rows, 64] with 128-byte swizzle. The copy engine's manual wants strides that grow, each a multiple of the one
-// before: so T or H is its second dimension, whichever has the smaller stride.
+// [rows, 64] with 128-byte swizzle. The copy engine's manual wants strides that grow, each a multiple of the
+// one before: so T or H is its second dimension, whichever has the smaller stride.
 struct RowMap {
     TensorMap map;
     int32_t rows_first;

@@ -1,14 +1,8 @@
 // Sliding-window attention, forward.
-#include "window.cuh"
+#include "forward.cuh"
 
 namespace slm {
 namespace {
-
-struct Forward {
-    WindowProblem window;
-    Rows o;      // [B, T, Hq, Dv]
-    float* lse;  // [B, Hq, T]
-};
 
 // C: columns that hold a head. kRows: queries a warp.
 template <int C, int kRows>
@@ -16,7 +10,7 @@ struct ForwardShape {
     static constexpr int kThreads = 4 * kWarp;
     static constexpr int kTile = C == 64 ? 64 : 48;  // keys copied at a time
     static constexpr int kStep = C == 64 ? 32 : 48;  // keys multiplied at a time
-    static constexpr int kBlocks = C == 64 ? (kRows == 32 ? 3 : 4) : 2;
+    static constexpr int kBlocks = C == 64 && kRows == 16 ? 4 : 2;
     static constexpr int kBytes = Tile<C>::bytes(4 * kRows + 4 * kTile);
 };
 
@@ -27,43 +21,29 @@ forward_kernel(const __grid_constant__ Forward p) {
     constexpr int kTile = Shape::kTile, kStep = Shape::kStep, M = kRows / 16, N = kStep / 8;
     const WindowProblem& w = p.window;
     const QueryTile<kRows> at(w);
-    if (at.empty()) return;
-    const int thread = int(threadIdx.x), lane = lane_of_thread(), S = at.place.other_length;
+    const int thread = int(threadIdx.x), lane = lane_of_thread();
     const Tile<C> queries{shared_memory() +
                           Tile<C>::bytes(warp_of_thread() * kRows)};  // of the warp; later its o
     const Shared tiles = shared_memory() + Tile<C>::bytes(4 * kRows);
     const auto keys = [&](int slot) { return Tile<C>{tiles + Tile<C>::bytes(2 * slot * kTile)}; };
     const auto values = [&](int slot) { return Tile<C>{tiles + Tile<C>::bytes((2 * slot + 1) * kTile)}; };
-    const E* q = w.q.at<E>(at.b, at.place.start, at.head);
-    const E* k = w.k.at<E>(at.b, at.place.other_start, at.h);
-    const E* v = w.v.at<E>(at.b, at.place.other_start, at.h);
+    const E* q = w.q.at<E>(at.b, at.row, at.head);
+    const E* k = w.k.at<E>(at.b, at.key, at.h);
+    const E* v = w.v.at<E>(at.b, at.key, at.h);
 
-    const Range met = w.band.keys(at.block, S);
-    const Meeting mine = keys_of(w.band, at.queries, S);
-    const int end = int(met.end);
-    const auto fetch = [&](int j, int slot) {
-        copy_tile(keys(slot), kTile, k, w.k.t, j, end, w.D, thread, Shape::kThreads);
-        copy_tile(values(slot), kTile, v, w.v.t, j, end, w.Dv, thread, Shape::kThreads);
+    Copier<kTile, Shape::kThreads, C, E> k_rows(k, int(w.k.t), at.begin, at.end, w.D, thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(v, int(w.v.t), at.begin, at.end, w.Dv, thread);
+    const auto fetch = [&](int slot) {
+        k_rows.copy(keys(slot), int(w.k.t), thread);
+        v_rows.copy(values(slot), int(w.v.t), thread);
         commit_copies();
     };
-    copy_tile(queries, kRows, q, w.q.t, at.row, at.place.length, w.D, lane, kWarp);
+    Copier<kRows, kWarp, C, E>(q, int(w.q.t), 0, at.rows, w.D, lane).copy(queries, int(w.q.t), lane);
     commit_copies();
-    fetch(int(met.begin), 0);
+    fetch(0);
     wait_copies<1>();
     sync_warp();
-    constexpr bool kHeld = C == 64;  // queries stay in registers
-    uint32_t held[kHeld ? M : 1][kHeld ? C / 16 : 1][4];
-    if constexpr (kHeld)
-#pragma unroll
-        for (int n = 0; n < M * C / 16; ++n)
-            load_a(held[n * 16 / C][n % (C / 16)], queries, n * 16 / C * 16, n % (C / 16) * 16);
-    const auto operand = [&](uint32_t(&a)[4], int m, int k) {
-        if constexpr (kHeld)
-#pragma unroll
-            for (int n = 0; n < 4; ++n) a[n] = held[m][k][n];
-        else
-            load_a(a, queries, 16 * m, 16 * k);
-    };
+    const Operand<C, M, C == 64> operand(queries);
 
     float o[M][C / 8][4] = {};
     Softmax<M> softmax;
@@ -71,21 +51,22 @@ forward_kernel(const __grid_constant__ Forward p) {
 #pragma unroll
         for (int n = 0; n < C / 8; ++n) o[m][n][2 * half] *= factor, o[m][n][2 * half + 1] *= factor;
     };
-    int slot = 0;
-    for (int tile = int(met.begin); tile < end; tile += kTile, slot ^= 1) {
+    int distance = at.i - at.begin,
+        left = at.end - at.begin;  // of the keys of a step; and how many there are
+    for (int slot = 0; left > 0; slot ^= 1) {
         wait_copies<0>();
         sync_block();
-        if (tile + kTile < end) fetch(tile + kTile, slot ^ 1);
+        if (left > kTile) fetch(slot ^ 1);
 #pragma unroll 1
-        for (int j = tile; j < tile + kTile; j += kStep) {
-            if (mine.misses(j, kStep)) continue;
+        for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
+            if (left <= 0 || w.window.misses(distance, kRows, kStep)) continue;
             float s[M][N][4] = {};
-            multiply_transposed<E>(s, operand, keys(slot).from(j - tile));
-            if (w.rewrite) rewrite(s, w);
-            if (!mine.whole(j, kStep))
-                hide(s, int(at.queries.begin), j, int(w.band.left), int(w.band.right), end, -INFINITY);
+            multiply_transposed<E>(s, operand, keys(slot).from(j));
+            rewrite(s, w);
+            if (left < kStep || !w.window.covers(distance, kRows, kStep))
+                hide(s, w.window, distance, left, -INFINITY);
             softmax.update(s, w.unit, rescale);
-            multiply_rounded<E>(o, s, values(slot).from(j - tile));
+            multiply_rounded<E>(o, s, values(slot).from(j));
         }
     }
     wait_copies<0>();
@@ -98,10 +79,9 @@ forward_kernel(const __grid_constant__ Forward p) {
             const float2 last = softmax.finish(m, half, sink);
             rescale(m, half, last.x);
             const int r = 16 * m + 8 * half + lane / 4;
-            if (lane % 4 == 0 && at.has(r)) store(p.lse + at.at(w, r), last.y);
+            if (lane % 4 == 0 && r < at.rows) store(p.lse + at.at(w, r), last.y);
         }
-    write_rows<E>(queries, o, p.o.at<E>(at.b, at.place.start + at.row, at.head), p.o.t,
-                  at.place.length - at.row, w.Dv);
+    write_rows<E>(queries, o, p.o.at<E>(at.b, at.row, at.head), p.o.t, at.rows, w.Dv);
 }
 
 template <typename E, int C, int kRows>
@@ -130,7 +110,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     const Tensor o = torch::stable::new_empty(q, {B, T, Hq, Dv});
     const Tensor lse = torch::stable::new_empty(q, {B, Hq, T}, ScalarType::Float);
     const Forward p{in.problem, {pointer<void>(o), T * Hq * Dv, Hq * Dv, Dv}, pointer<float>(lse)};
-    SLM_DISPATCH_16BIT(q, run_forward, device, p);
+    if (!forward_sm90(device, p, in.q, in.k, in.v)) SLM_DISPATCH_16BIT(q, run_forward, device, p);
     return {o, lse};
 }
 

@@ -10,13 +10,28 @@
 
 #include <algorithm>
 
-#include "../common/band.h"
 #include "../common/launch.cuh"
 #include "../common/rows.h"
 #include "../common/tiles.cuh"
 #include "arguments.h"
 
 namespace slm {
+
+// Rows meet columns from `before` before to `after` after their own position: the window, for queries among keys
+// and, turned round, for keys among queries. It is the geometry of band.h for tiles; of rows i.. and columns j..
+// only the distance i - j matters.
+struct Window {
+    int before, after;
+
+    SLM_DEVICE Window turned() const { return {after, before}; }
+    // Does no row meet any of the columns? Does every row meet all of them?
+    SLM_DEVICE bool misses(int distance, int rows, int columns) const {
+        return distance >= columns + before || distance <= -rows - after;
+    }
+    SLM_DEVICE bool covers(int distance, int rows, int columns) const {
+        return distance <= before - rows + 1 && distance >= columns - after - 1;
+    }
+};
 
 // Queries [B, T, Hq, D], keys [B, S, H, D], values [B, S, H, Dv]. In log2 units a score is `unit` x with x = q.k;
 // if `rewrite`, with x = inner q.k, and if `capped`, with x = tanh(inner q.k). unit is positive in these two cases.
@@ -25,7 +40,7 @@ struct WindowProblem {
     const float* sinks;  // [Hq], or null
     const int *cu_q, *cu_k;  // [N + 1], or null: each batch entry is a sequence
     int B, T, S, N, Hq, H, D, Dv;
-    Band band;  // both sides bounded, so that positions stay small
+    Window window;  // of queries among keys; both sides bounded, so that positions stay small
     float scale, inner, unit;
     bool rewrite, capped;
 };
@@ -62,84 +77,111 @@ SLM_DEVICE Place place_of(int tile, int rows, int length, int other_length, cons
             load(other + n + 1) - other_start};
 }
 
-// Heads of a group that a block of four warps over queries takes: so they share what it loads of keys and values.
-constexpr int heads_of_block(int group) { return group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1; }
+// Heads of a group that a block of `parts` parts, 2 or 4, over queries takes: so they share what it loads of keys
+// and values.
+constexpr int heads_of_block(int group, int parts = 4) {
+    return group % parts == 0 ? parts : group % 2 == 0 ? 2 : 1;
+}
 
-// What a warp of kRows rows works on, in a kernel over queries with four warps a block: `heads` heads on the same
-// positions, 4 / heads warps a head. Positions are those among the keys of the sequence.
-template <int kRows>
+// What a part of a block works on, kRows rows, in a kernel over queries: `heads` heads on the same positions,
+// kParts / heads parts a head. A part is a warp or a warpgroup. Positions are those among the keys of the sequence.
+template <int kRows, int kParts = 4>
 struct QueryTile {
-    int b, h, head;  // batch entry, key-value head, the warp's query head
+    int b, h, head;  // batch entry, key-value head, the part's query head
     int part;  // which of the `parts` runs of kRows rows of a head
-    Place place;
-    int row;  // the warp's first row in the sequence
-    Range block, queries;  // positions of the block, of the warp (none past the sequence's end)
+    int row, rows;  // the part's first row in the tensor, and how many there are up to its sequence's end
+    int i;  // the first row's position
+    int begin, end;  // the keys that the block meets; none if it has no rows
+    int key, keys;  // row of the sequence's first key, and how many it has
 
-    static constexpr int positions(int group) { return 4 / heads_of_block(group) * kRows; }
+    // Rows of a head in a block.
+    static constexpr int rows_of(int group) { return kParts / heads_of_block(group, kParts) * kRows; }
     static constexpr int tiles(const WindowProblem& p) {
-        return tile_count(p.T, positions(p.Hq / p.H), p.N, p.cu_q != nullptr);
+        return tile_count(p.T, rows_of(p.Hq / p.H), p.N, p.cu_q != nullptr);
     }
-    static constexpr int parts(const WindowProblem& p) { return tiles(p) * (4 / heads_of_block(p.Hq / p.H)); }
+    static constexpr int parts(const WindowProblem& p) {
+        return tiles(p) * (kParts / heads_of_block(p.Hq / p.H, kParts));
+    }
     static constexpr int64_t blocks(const WindowProblem& p) {
-        return int64_t(p.B) * tiles(p) * p.Hq / heads_of_block(p.Hq / p.H);
+        return int64_t(p.B) * tiles(p) * p.Hq / heads_of_block(p.Hq / p.H, kParts);
     }
 
     // Blocks that share keys are neighbours, then tiles, the last ones first: without a window they take longest.
-    SLM_DEVICE explicit QueryTile(const WindowProblem& p) {
-        const int group = p.Hq / p.H, heads = heads_of_block(group), warp = warp_of_thread();
+    SLM_DEVICE explicit QueryTile(const WindowProblem& p) : QueryTile(p, warp_of_thread()) {}
+    SLM_DEVICE QueryTile(const WindowProblem& p, int part_of_block) {
+        const int group = p.Hq / p.H, heads = heads_of_block(group, kParts);
         const int all = tiles(p), sets = group / heads;
         int x = int(blockIdx.x);
-        head = x % sets * heads + warp % heads, x /= sets;
+        head = x % sets * heads + part_of_block % heads, x /= sets;
         const int tile = all - 1 - x % all;
         x /= all;
         h = x % p.H, b = x / p.H;
         head += h * group;
-        part = tile * (4 / heads) + warp / heads;
-        place = place_of(tile, positions(group), p.T, p.S, p.cu_q, p.cu_k, p.N);
-        row = place.first + warp / heads * kRows;
-        const auto at = [&](int first, int rows) {
-            const int last = min(first + rows, place.length), offset = place.other_length - place.length;
-            return Range{min(first, place.length) + offset, last + offset};
-        };
-        block = at(place.first, positions(group));
-        queries = at(row, kRows);
+        part = tile * (kParts / heads) + part_of_block / heads;
+        const Place place = place_of(tile, rows_of(group), p.T, p.S, p.cu_q, p.cu_k, p.N);
+        const int first = place.first + part_of_block / heads * kRows,
+                  offset = place.other_length - place.length;
+        row = place.start + first, rows = place.length - first, key = place.other_start;
+        keys = place.other_length;
+        constexpr int kNowhere = 1 << 30;  // meets no key
+        i = rows > 0 ? first + offset : kNowhere;
+        const int last = min(place.first + rows_of(group), place.length) - 1;
+        begin = max(place.first + offset - p.window.before, 0);
+        end = place.first > last ? begin : min(last + offset + p.window.after + 1, place.other_length);
     }
-    SLM_DEVICE bool empty() const { return place.first >= place.length; }
-    // Row r of the warp among the rows of lse [B, Hq, T], and is it one?
+    // Row r of the part in lse [B, Hq, T].
     SLM_DEVICE int64_t at(const WindowProblem& p, int r) const {
-        return (int64_t(b) * p.Hq + head) * p.T + place.start + row + r;
+        return (int64_t(b) * p.Hq + head) * p.T + row + r;
     }
-    SLM_DEVICE bool has(int r) const { return row + r < place.length; }
 };
-
-// Rows of the other side: those that some of a warp's rows meet, those that all of them meet.
-struct Meeting {
-    int begin, end, all_begin, all_end;
-    SLM_DEVICE Meeting(Range some, Range all)
-        : begin(int(some.begin)), end(int(some.end)), all_begin(int(all.begin)), all_end(int(all.end)) {}
-    SLM_DEVICE bool misses(int first, int rows) const { return first >= end || first + rows <= begin; }
-    SLM_DEVICE bool whole(int first, int rows) const { return first >= all_begin && first + rows <= all_end; }
-};
-
-SLM_DEVICE Meeting keys_of(const Band& band, Range queries, int S) {
-    if (queries.size() == 0) return {{0, 0}, {0, 0}};
-    return {band.keys(queries, S), band.shared_keys(queries, S)};
-}
-SLM_DEVICE Meeting queries_of(const Band& band, Range keys, Range all) {
-    if (keys.size() == 0) return {{0, 0}, {0, 0}};
-    return {band.queries(keys, all), band.shared_queries(keys, all)};
-}
 
 // --- Tiles ------------------------------------------------------------------------------------------------
 
-// Begins to copy rows [first, first + rows), but only those before `end`, by `threads` threads.
-template <typename E, int C>
-SLM_DEVICE void copy_tile(Tile<C> to, int rows, const E* from, int64_t stride, int first, int end,
-                          int columns, int thread, int threads) {
-    copy_rows<C, E>(
-        to, rows, columns, thread, threads, [=](int row) { return from + (first + row) * stride; },
-        [=](int row) { return first + row < end; });
-}
+// Copies rows [first, end) tile by tile, kRows rows a tile and zeros past the end, by kThreads threads. A thread keeps
+// to one piece of the rows and steps down, so that few registers say where it is.
+template <int kRows, int kThreads, int C, typename E>
+class Copier {
+  public:
+    SLM_DEVICE Copier(const E* from, int stride, int first, int end, int columns, int thread)
+        : next_(from + int64_t(first + thread / kPieces) * stride + thread % kPieces * 8),
+          left_(thread % kPieces * 8 < columns ? end - first - thread / kPieces : 0) {}
+
+    SLM_DEVICE void copy(Tile<C> to, int stride, int thread) {
+#pragma unroll
+        for (int row = 0; row < kRows; row += kStep, next_ += int64_t(kStep) * stride)
+            copy_async(to.piece(row + thread / kPieces, thread % kPieces), next_, row < left_);
+        left_ -= kRows;
+    }
+
+  private:
+    static constexpr int kPieces = Tile<C>::kPieces, kStep = kThreads / kPieces;
+    static_assert(kRows % kStep == 0);
+    const E* next_;
+    int left_;
+};
+
+// The rows of a tile as operand a: read again each time, or held in registers.
+template <int C, int M, bool kHeld>
+class Operand {
+  public:
+    SLM_DEVICE explicit Operand(Tile<C> tile) : tile_(tile) {
+        if constexpr (kHeld)
+#pragma unroll
+            for (int n = 0; n < M * C / 16; ++n)
+                load_a(held_[n / (C / 16)][n % (C / 16)], tile, n / (C / 16) * 16, n % (C / 16) * 16);
+    }
+    SLM_DEVICE void operator()(uint32_t (&a)[4], int m, int k) const {
+        if constexpr (kHeld)
+#pragma unroll
+            for (int n = 0; n < 4; ++n) a[n] = held_[m][k][n];
+        else
+            load_a(a, tile_, 16 * m, 16 * k);
+    }
+
+  private:
+    Tile<C> tile_;
+    uint32_t held_[kHeld ? M : 1][kHeld ? C / 16 : 1][4];
+};
 
 // s [16 M, 8 N] += a b^T over C columns: operand(x, m, k) gives rows 16 m, columns 16 k of a; b are rows of a tile.
 template <typename E, int M, int N, int C, typename Operand>
@@ -162,25 +204,30 @@ SLM_DEVICE void multiply_transposed(float (&s)[M][N][4], Operand operand, Tile<C
     }
 }
 
-// o [16 M, C] += p b, p [16 M, 8 N] rounded to E, b are rows of a tile.
-template <typename E, int M, int N, int C>
-SLM_DEVICE void multiply_rounded(float (&o)[M][C / 8][4], const float (&p)[M][N][4], Tile<C> b) {
+// o [16 M, C] += p b, b are rows of a tile; p [16 M, 8 N] is rounded to E, or comes so as operands.
+template <typename E, int M, int K, int C>
+SLM_DEVICE void multiply_rounded(float (&o)[M][C / 8][4], const uint32_t (&p)[M][K][4], Tile<C> b) {
 #pragma unroll
-    for (int k = 0; k < N / 2; ++k) {
-        uint32_t x[M][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m) as_a<E>(x[m], p[m][2 * k], p[m][2 * k + 1]);
+    for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int n = 0; n < C / 16; ++n) {
             uint32_t y[4];
             load_b_transposed(y, b, 16 * k, 16 * n);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                multiply<E>(o[m][2 * n], x[m], y[0], y[1]);
-                multiply<E>(o[m][2 * n + 1], x[m], y[2], y[3]);
+                multiply<E>(o[m][2 * n], p[m][k], y[0], y[1]);
+                multiply<E>(o[m][2 * n + 1], p[m][k], y[2], y[3]);
             }
         }
-    }
+}
+template <typename E, int M, int N, int C>
+SLM_DEVICE void multiply_rounded(float (&o)[M][C / 8][4], const float (&p)[M][N][4], Tile<C> b) {
+    uint32_t x[M][N / 2][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int k = 0; k < N / 2; ++k) as_a<E>(x[m][k], p[m][2 * k], p[m][2 * k + 1]);
+    multiply_rounded<E>(o, x, b);
 }
 
 // Results [16 M, C] to `rows` rows of global memory, 16 bytes a lane, through a tile that is the warp's own.
@@ -209,36 +256,40 @@ SLM_DEVICE float tanh(float x) {
     return y < 0.0625f ? x * series : 1 - 2 * reciprocal(1 + exp2(2 * kLog2E * x));
 }
 
-template <int M, int N>
-SLM_DEVICE void rewrite(float (&s)[M][N][4], const WindowProblem& p) {
+template <bool kCapped, int M, int N>
+SLM_DEVICE void rewrite_all(float (&s)[M][N][4], const WindowProblem& p) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float x = s[m][n][e] * p.inner;
-                s[m][n][e] = p.capped ? tanh(x) : x;
+                s[m][n][e] *= p.inner;
+                if constexpr (kCapped) s[m][n][e] = tanh(s[m][n][e]);
             }
 }
 
-// Sets to `value` what lies outside the window. Rows of s [16 M, 8 N] stand at `i`, columns at `j`; a row meets
-// columns from `before` before to `after` after its own position, and none from `end` on.
 template <int M, int N>
-SLM_DEVICE void hide(float (&s)[M][N][4], int i, int j, int before, int after, int end, float value) {
-    const int first = j + 2 * (lane_of_thread() % 4);
+SLM_DEVICE void rewrite(float (&s)[M][N][4], const WindowProblem& p) {
+    if (!p.rewrite) return;
+    p.capped ? rewrite_all<true>(s, p) : rewrite_all<false>(s, p);
+}
+
+// Sets to `value` what lies outside the window, or in columns from `end` on: the rows of s [16 M, 8 N] stand
+// `distance` after its columns.
+template <int M, int N>
+SLM_DEVICE void hide(float (&s)[M][N][4], Window window, int distance, int end, float value) {
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+    for (int r = 0; r < 2 * M; ++r) {
+        const int row = distance + 8 * r + g - 2 * t;
+        const int low = row - window.before, high = min(row + window.after + 1, end - 2 * t);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = i + 16 * m + 8 * half + lane_of_thread() / 4 - first;
-            const int low = row - before, high = min(row + after + 1, end - first);
+        for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (8 * n + e < low || 8 * n + e >= high) s[m][n][2 * half + e] = value;
-        }
+            for (int e = 0; e < 2; ++e)
+                if (8 * n + e < low || 8 * n + e >= high) s[r / 2][n][r % 2 * 2 + e] = value;
+    }
 }
 
 // The online softmax of a thread's rows 16 m + 8 half + lane / 4 (Dao 2023, FlashAttention-2, section 3.1). The shift
@@ -347,7 +398,7 @@ inline WindowArguments read_window(const Tensor& q, const Tensor& k, const Tenso
         return Rows{pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)};
     };
     p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
-    p.band = {left < 0 ? S : std::min(left, S), right < 0 ? T : std::min(right, T)};
+    p.window = {int(left < 0 ? S : std::min(left, S)), int(right < 0 ? T : std::min(right, T))};
     p.scale = float(scale);
     p.capped = softcap > 0;
     p.rewrite = p.capped || scale < 1e-30;  // -inf times unit must be -inf

@@ -35,6 +35,7 @@ OWN = (  # operators of kernels.cu and hopper_kernels.cu
     "warps(Tensor x) -> Tensor",
     "tf32(Tensor a, Tensor b) -> Tensor",
     "two_products(Tensor a, Tensor b, Tensor c, int fault) -> Tensor",
+    "matrices(Tensor image, int a, int b, bool b_is_mn) -> Tensor",
     "boxes(Tensor x, int row, int rows) -> Tensor",
     "rules(Tensor x, Tensor beside, int rule, bool broken) -> Tensor",
     "tickets(Tensor x, int fault) -> Tensor",
@@ -112,5 +113,12 @@ def operators():
 def take_conflicts() -> int:
     """Rows of ldmatrix since the last call that met another row in the same banks."""
     take = library().slm_executor_take_conflicts
+    take.restype = c_int64
+    return take()
+
+
+def take_products() -> int:
+    """Products of warpgroups, 64 rows times 16, since the last call."""
+    take = library().slm_executor_take_products
     take.restype = c_int64
     return take()

@@ -12,6 +12,7 @@ namespace slm::executor {
 
 namespace {
 
+int64_t products;  // of one multiply_async each
 constexpr uint32_t kPoison = 0x7fc0dead;  // a NaN: what sums hold until they are waited for
 
 struct Box {  // of a tensor, on its way
@@ -157,7 +158,8 @@ float number_at(Shared address, bool bf16) {
     return bf16 ? to_float(BFloat16{bits}) : to_float(Half{bits});
 }
 
-// All that a product of the warpgroup reads: known to the proxy in each lane? And it is being read from now on.
+// All that a product of the warpgroup reads: known to the proxy in each lane? And it is being read from now
+// on.
 void read_matrix(uint64_t matrix, Major major, int rows, const Clock& known, uint64_t group) {
     const Shared start = Shared(matrix & 0x3fff) << 4, repeats[] = {0, 0x380, 0x180, 0x80};
     if ((start & repeats[matrix >> 62]) != 0)
@@ -175,7 +177,7 @@ void read_matrix(uint64_t matrix, Major major, int rows, const Clock& known, uin
                 fail("product with byte %d of shared memory before the copy was waited for", at);
             if (known[size_t(cell.writer)] < cell.clock)
                 fail("product with byte %d of shared memory, written by %s: no barrier between", at,
-                     by_a_thread(cell.writer) ? "a thread" : "a copy");
+                     name_of(cell.writer).c_str());
             if (known[known_to_proxy(cell.writer)] < cell.clock)
                 fail("product with byte %d of shared memory, written by thread %d: no proxy fence between",
                      at, cell.writer);
@@ -251,6 +253,7 @@ void issue_for_all(Warpgroup& g) {
         lane_of(l).operands.push_back({group, a, {a[0], a[1], a[2], a[3]}});
     }
     sums->products.push_back(std::move(product));
+    ++products;
 }
 
 void compute(Sums& sums) {
@@ -510,3 +513,9 @@ bool elect() {
 void commit_products() { ++lane().groups; }
 
 }  // namespace slm
+
+extern "C" __attribute__((visibility("default"))) int64_t slm_executor_take_products() {
+    const int64_t now = slm::executor::products;
+    slm::executor::products = 0;
+    return now;
+}

@@ -1,10 +1,11 @@
 // csrc/common/hopper.cuh on a CPU, in the manner of executor.h. Beyond what is found there, reported are:
 //   - shared memory stored by threads and then used by TMA or wgmma without a proxy fence on the way;
-//   - boxes that nobody has waited for (they arrive no sooner than a thread waits for their mbarrier and nothing else
-//     can go on), bytes that a mbarrier does not expect, arrivals beyond its count, mbarriers used before they are
-//     initialised and fenced;
-//   - products: shared memory written while it is read, registers written after the fence or touched before the wait
-//     (sums are NaN until then, and are computed no sooner), registers that a fence or a wait does not name;
+//   - boxes that nobody has waited for (they arrive no sooner than a thread waits for their mbarrier and
+//     nothing else can go on), bytes that a mbarrier does not expect, arrivals beyond its count, mbarriers
+//     used before they are initialised and fenced;
+//   - products: shared memory written while it is read, registers written after the fence or touched before
+//     the wait (sums are NaN until then, and are computed no sooner), registers that a fence or a wait does
+//     not name;
 //   - warpgroups that ask for more registers than a multiprocessor has.
 // It takes descriptors apart and swizzles absolute addresses, as the hardware does.
 #pragma once

@@ -172,7 +172,8 @@ Tensor two_products(const Tensor& a, const Tensor& b, const Tensor& c, int64_t f
     return o;
 }
 
-// o [2, rows, 64]: the box that begins at `row` of head 0 and of head 1 of x [1, T, 2, 64], as it lies in memory.
+// o [2, rows, 64]: the box that begins at `row` of head 0 and of head 1 of x [1, T, 2, 64], as it lies in
+// memory.
 template <typename E>
 SLM_KERNEL(32, 1)
 boxes_kernel(const __grid_constant__ RowMap map, E* o, int row, int rows) {
@@ -200,10 +201,46 @@ Tensor boxes(const Tensor& x, int64_t row, int64_t rows) {
     return o;
 }
 
+// o [64, 64] = a [64, 16] b [64, 16]^T in bfloat16, both lying somehow in `bytes` bytes of shared memory:
+// descriptors as if these began at 0.
+SLM_KERNEL(128, 1)
+matrices_kernel(const void* image, int bytes, uint64_t a, uint64_t b, bool b_is_mn, float* o) {
+#if SLM_HOPPER
+    const Shared base = shared_memory();
+    for (int n = int(threadIdx.x) * 16; n < bytes; n += kWarpgroup * 16)
+        store(base + n, load<uint4>(static_cast<const char*>(image) + n));
+    fence_async();
+    sync_block();
+    float d[8][4];
+    fence_products(d);
+    if (b_is_mn)
+        multiply_async<BFloat16, Major::mn>(d, advance(a, base), advance(b, base), false);
+    else
+        multiply_async<BFloat16, Major::k>(d, advance(a, base), advance(b, base), false);
+    commit_products();
+    wait_products<0>(d);
+    const int lane = lane_of_thread(), row = warp_of_thread() * 16 + lane / 4;
+    for (int n = 0; n < 8; ++n)
+        for (int half = 0; half < 2; ++half)
+            store(o + (row + half * 8) * 64 + n * 8 + lane % 4 * 2,
+                  make_float2(d[n][2 * half], d[n][2 * half + 1]));
+#endif
+}
+
+Tensor matrices(const Tensor& image, int64_t a, int64_t b, bool b_is_mn) {
+    const Device device(image);
+    Tensor o = torch::stable::new_empty(image, {64, 64}, ScalarType::Float);
+    const int bytes = int(image.numel() * 2);
+    device.launch(matrices_kernel, dim3(1), kWarpgroup, bytes, pointer<const void>(image), bytes, uint64_t(a),
+                  uint64_t(b), b_is_mn, pointer<float>(o));
+    return o;
+}
+
 }  // namespace
 }  // namespace slm
 
 SLM_CUDA_OPERATORS(m) {
     m.impl("two_products", TORCH_BOX(&slm::two_products));
+    m.impl("matrices", TORCH_BOX(&slm::matrices));
     m.impl("boxes", TORCH_BOX(&slm::boxes));
 }

@@ -17,9 +17,10 @@ namespace slm::executor {
 constexpr Shared kBase = 4096;  // where shared memory begins: 0 would hide absolute addresses
 constexpr int kMbarriers = 32;  // that a block may have
 
-// Of each agent, how many of its events are known to lie in the past. Agents are the threads and, on sm_90a, the
-// asynchronous proxy: one for each mbarrier, whose events are its phases, and one for each warp, whose events are its
-// groups of products. The clock's second half counts only what a proxy fence has made known to that proxy.
+// Of each agent, how many of its events are known to lie in the past. Agents are the threads and, on sm_90a,
+// the asynchronous proxy: one for each mbarrier, whose events are its phases, and one for each warp, whose
+// events are its groups of products. The clock's second half counts only what a proxy fence has made known to
+// that proxy.
 using Clock = std::vector<uint32_t>;
 
 inline void join(Clock& clock, const Clock& other) {
@@ -119,6 +120,7 @@ extern std::string error;
 extern int number;  // of the block
 
 void wait(const uint64_t& counter, uint64_t seen, const char* what);
+std::string name_of(int agent);
 bool in_the_past(int thread, uint32_t clock);
 std::vector<Cell>::iterator cells_at(Shared address, int bytes, const char* what);
 char* bytes_at(Shared address);

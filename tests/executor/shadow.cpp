@@ -14,6 +14,13 @@ Uses global_uses;
 
 }  // namespace
 
+std::string name_of(int agent) {
+    const int beyond = agent - int(block->threads.size());
+    if (beyond < 0) return "thread " + std::to_string(agent);
+    return beyond < kMbarriers ? "the copy engine"
+                               : "a product of warp " + std::to_string(beyond - kMbarriers);
+}
+
 bool in_the_past(int thread, uint32_t clock) {
     return thread == self->id || clock <= self->clock[size_t(thread)];
 }
@@ -85,15 +92,15 @@ bool in_the_past(int of_block, int agent, uint32_t clock) {
     if (address != 0) snprintf(place, sizeof(place), "at byte %u of shared memory", address - kBase);
     if (of_block != number)
         fail("%s %s that block %d of the same launch %s", kDoes[now], place, of_block, kDid[then]);
-    fail("%s %s that thread %d %s: no barrier between", kDoes[now], place, agent, kDid[then]);
+    fail("%s %s that %s %s: no barrier between", kDoes[now], place, name_of(agent).c_str(), kDid[then]);
 }
 
 // Notes a use of a cell, unless an earlier one conflicts and nothing orders the two. What lies in the past of this
 // use is forgotten, where whatever conflicts with it conflicts with this one as well.
 void note(Uses& uses, Cell& cell, Kind kind, Shared address) {
     if (cell.state == Cell::pending)
-        fail("%s at byte %u of shared memory before the copy of thread %d was waited for", kDoes[kind],
-             address - kBase, cell.writer);
+        fail("%s at byte %u of shared memory before the copy of %s was waited for", kDoes[kind],
+             address - kBase, name_of(cell.writer).c_str());
     if (address != 0 && cell.state == Cell::unwritten && kind != writing)
         fail("%s at byte %u of shared memory, which nobody has written", kDoes[kind], address - kBase);
     if (cell.writer >= 0 && !in_the_past(cell.block, cell.writer, cell.clock))

@@ -114,15 +114,6 @@ SLM_DEVICE float4 merge(int count, float sink, Statistics statistics, Part part)
     return make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
 }
 
-template <typename E>
-SLM_DEVICE void store_four(E* to, float4 x) {
-    store(static_cast<void*>(to), make_uint2(pack<E>(x.x, x.y), pack<E>(x.z, x.w)));
-}
-template <>
-SLM_DEVICE void store_four(float* to, float4 x) {
-    store(static_cast<void*>(to), x);
-}
-
 template <typename E, int L, int G>
 SLM_KERNEL(kThreads, G == 8 ? 3 : 4)
 step_kernel(const __grid_constant__ StepProblem p) {
@@ -348,9 +339,12 @@ void launch_step(const Device& device, const StepProblem& p, int64_t rings) {
 
 template <typename E, int L>
 void launch_group(const Device& device, const StepProblem& p, int64_t rings) {
-    (p.group == 1   ? launch_step<E, L, 1>
-     : p.group <= 4 ? launch_step<E, L, 4>
-                    : launch_step<E, L, 8>)(device, p, rings);
+    if constexpr (sizeof(E) == 4)
+        launch_step<E, L, 4>(device, p, rings);
+    else
+        (p.group == 1   ? launch_step<E, L, 1>
+         : p.group <= 4 ? launch_step<E, L, 4>
+                        : launch_step<E, L, 8>)(device, p, rings);
 }
 
 template <typename E>
@@ -383,7 +377,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
     p.position = pointer<int64_t>(position);
     p.sinks = sinks.has_value() ? pointer<float>(*sinks) : nullptr;
     p.W = s.W, p.D = int(s.D), p.Dv = int(s.Dv), p.H = int(s.H), p.group = int(s.Hq / s.H);
-    p.chunks = (p.group + 7) / 8;
+    const int most = is_16bit(q) ? 8 : 4;  // query heads of a block
+    p.chunks = (p.group + most - 1) / most;
     p.splits = splits_of(rings * p.chunks, s.W, device);
     p.keys = int((s.W + p.splits - 1) / p.splits);
     p.splits = int((s.W + p.keys - 1) / p.keys);

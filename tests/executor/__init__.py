@@ -23,6 +23,7 @@ FLAGS = [
     "-O1",
     "-g1",
     "-fPIC",
+    "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
     "-Werror",

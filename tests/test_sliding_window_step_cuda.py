@@ -87,12 +87,13 @@ def check(B, n, H, group, D, Dv, W, past, dtype, **options):
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_every_kernel(group, D, dtype):
     check(1, 1, 1, group, D, D, 70, 100, dtype)
+    check(1, 1, 1, group, D, D, 256, 300, dtype)
 
 
-@pytest.mark.parametrize("past", [0, 1, 62, 63, 64, 127, 128, 129, 300, 2**40], ids=str)
+@pytest.mark.parametrize("past", [0, 1, 39, 40, 127, 128, 255, 256, 257, 600, 2**40], ids=str)
 def test_wherever_the_position_is(past):
     """One block a ring, and two splits, on either side of which the new slot lies."""
-    for W in (40, 128):
+    for W in (40, 256):
         if past < 2**40:
             check(1, 1, 2, 2, 16, 16, W, past, torch.bfloat16)
             continue
@@ -108,7 +109,7 @@ def test_wherever_the_position_is(past):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sinks_softcap_scale(dtype):
     sinks = torch.tensor([0.5, -1.0, 3.0, -torch.inf, 9.0, 0.0], dtype=torch.float64)
-    for W, softcap in itertools.product((20, 130), (0.0, 1.3)):
+    for W, softcap in itertools.product((20, 257), (0.0, 1.3)):
         check(2, 1, 2, 3, 24, 40, W, 30, dtype, sinks=sinks, softcap=softcap, scale=-0.7)
 
 
@@ -119,8 +120,8 @@ def test_sinks_softcap_scale(dtype):
     group=st.integers(1, 11),
     D=st.integers(1, 6),
     Dv=st.integers(1, 6),
-    W=st.integers(1, 200),
-    past=st.integers(0, 300),
+    W=st.integers(1, 400),
+    past=st.integers(0, 600),
     dtype=st.sampled_from(DTYPES),
     sinks=st.booleans(),
     softcap=st.sampled_from([0.0, 2.0]),
@@ -133,7 +134,7 @@ def test_any_shape(B, n, H, group, D, Dv, W, past, dtype, sinks, softcap):
 
 def test_a_group_beyond_one_block():
     """Heads of one ring in several blocks, with and without splits."""
-    for W in (30, 150):
+    for W in (30, 270):
         check(1, 2, 1, 19, 16, 8, W, 40, torch.float16)
 
 
@@ -164,9 +165,9 @@ def test_strides():
 
 def test_what_is_not_finite_stays_in_its_head():
     q, k, v = tensors(1, 1, 2, 2, 16, 16, torch.float32)
-    cache = a_ring(1, 150, 2, 16, 16, 200, torch.float32)
+    cache = a_ring(1, 300, 2, 16, 16, 400, torch.float32)
     expected = advance(operators().sliding_window_step, q, k, v, cache)[0]
-    cache.k[0, 1, 140] = torch.nan
+    cache.k[0, 1, 290] = torch.nan
     o = advance(operators().sliding_window_step, q, k, v, cache)[0]
     assert torch.equal(o[:, :, :2], expected[:, :, :2])
     assert o[:, :, 2:].isnan().all()

@@ -54,4 +54,14 @@ SLM_DEVICE Eight<float> narrow<float>(const float (&from)[8]) {
     return {make_float4(from[0], from[1], from[2], from[3]), make_float4(from[4], from[5], from[6], from[7])};
 }
 
+// Half as many, where results are written once.
+template <typename E>
+SLM_DEVICE void store_four(E* to, float4 x) {
+    store(static_cast<void*>(to), make_uint2(pack<E>(x.x, x.y), pack<E>(x.z, x.w)));
+}
+template <>
+SLM_DEVICE void store_four(float* to, float4 x) {
+    store(static_cast<void*>(to), x);
+}
+
 }  // namespace slm

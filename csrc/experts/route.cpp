@@ -15,6 +15,7 @@
 
 #include "../common/isa.h"
 #include "../common/tensors.h"
+#include "route_checks.h"
 
 namespace {
 
@@ -52,24 +53,16 @@ struct Inputs {
 
     Inputs(const Tensor& logits_, const Optional& mask_, int64_t score, bool renormalize, double scale)
         : logits(dense_rows(logits_)) {
+        slm::route::check_logits(logits, mask_, score);
         Problem& p = problem;
-        const ScalarType type = logits.scalar_type();
-        STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1 &&
-                            (type == ScalarType::Float || type == ScalarType::Double ||
-                             type == ScalarType::BFloat16 || type == ScalarType::Half),
-                        "logits must be [T, E], E at least 1, in float32, float64, bfloat16 or float16");
-        STD_TORCH_CHECK(score >= 0 && score <= 2, "score must be 0, 1 or 2, got ", score);
         p.dtype = slm::dtype_of(logits), high = statistics_type(p.dtype);
         p.score = Score(score), p.renormalize = renormalize, p.scale = scale;
         p.T = logits.size(0), p.E = logits.size(1);
         p.logits = logits.data_ptr(), p.logits_row = logits.stride(0);
         if (!mask_.has_value()) return;
         mask = dense_rows(*mask_);
-        const int64_t dim = mask->dim();
-        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && (dim == 1 || dim == 2) &&
-                            mask->size(dim - 1) == p.E && (dim == 1 || mask->size(0) == p.T),
-                        "expert_mask must be bool [E] or [T, E]");
-        p.mask = static_cast<const uint8_t*>(mask->data_ptr()), p.mask_row = dim == 1 ? 0 : mask->stride(0);
+        p.mask = static_cast<const uint8_t*>(mask->data_ptr()),
+        p.mask_row = mask->dim() == 1 ? 0 : mask->stride(0);
     }
 
     template <typename Body>
@@ -101,9 +94,7 @@ Results forward(const Tensor& logits, Optional bias, Optional mask, int64_t k, i
                 bool renormalize, int64_t groups, int64_t top_groups, double scale) {
     Inputs in(logits, mask, score, renormalize, scale);
     Problem& p = in.problem;
-    STD_TORCH_CHECK(k >= 1 && k <= p.E, "top_k must be from 1 to E = ", p.E, ", got ", k);
-    STD_TORCH_CHECK(groups >= 1 && p.E % groups == 0 && top_groups >= 1 && top_groups <= groups,
-                    "num_groups must divide E = ", p.E, ", and top_groups be from 1 to num_groups");
+    slm::route::check_choice(p.E, k, groups, top_groups);
     p.k = k;
     if (bias.has_value()) bias = statistics(*bias, {p.E}, in.high, "selection_bias");
     const Tensor indices = fresh(logits, {p.T, k}, ScalarType::Int, false);
@@ -155,23 +146,13 @@ Tensor backward(Optional dweights, Optional dprobabilities, Optional dz, const T
     Inputs in(logits, mask, score, renormalize, scale);
     Problem& p = in.problem;
     const Tensor dlogits = fresh(logits, {p.T, p.E}, logits.scalar_type(), false);
-    STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == p.T && indices.scalar_type() == ScalarType::Int,
-                    "indices must be int32 [T, k] with T = ", p.T);
+    slm::route::check_gradients(dweights, dprobabilities, dz, logits, indices, in.high);
     p.k = indices.size(1);
     const Tensor index = slm::dense(indices), total = statistics(lse, {p.T}, in.high, "lse");
     Gradient g{};
     g.problem = p;
     g.indices = static_cast<const int32_t*>(index.data_ptr()), g.lse = total.data_ptr();
     g.dlogits = dlogits.data_ptr(), g.dense = dprobabilities.has_value() || dz.has_value();
-    const auto fits = [&](const Optional& x, std::initializer_list<int64_t> shape, const char* name) {
-        bool good = !x.has_value() || (x->scalar_type() == in.high && x->dim() == int64_t(shape.size()));
-        for (size_t d = 0; x.has_value() && good && d < shape.size(); ++d)
-            good = x->size(int64_t(d)) == *(shape.begin() + d);
-        STD_TORCH_CHECK(good, name, " must have the shape and the dtype of what it is the gradient of");
-    };
-    fits(dweights, {p.T, p.k}, "dweights");
-    fits(dprobabilities, {p.E}, "dprobabilities");
-    fits(dz, {}, "dz");
     if (p.T == 0) return dlogits;
     if (dweights.has_value()) {
         g.dweights = dweights->data_ptr();

@@ -1,4 +1,4 @@
-// What the operators of `route` hand to the kernels of a CPU tier.
+// What the operators of `route` hand to their kernels.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Problem {
 
     int64_t blocks() const { return (T + kBlock - 1) / kBlock; }
     // Are the weights a softmax over the chosen experts?
-    bool among_chosen() const { return score != Score::sigmoid && (renormalize || score != Score::softmax); }
+    constexpr bool among_chosen() const { return score != Score::sigmoid && (renormalize || score != Score::softmax); }
 };
 
 struct Choice {

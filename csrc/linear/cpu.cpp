@@ -9,16 +9,20 @@
 
 #include "../common/isa.h"
 #include "../common/tensors.h"
-#include "linear.h"
+#include "checks.h"
+#include "step.h"
 
 namespace {
 
+using slm::check_options;
+using slm::check_tokens;
 using slm::Decay;
 using slm::dense_rows;
 using slm::Dtype;
 using slm::dtype_of;
 using slm::fresh;
 using slm::offsets;
+using slm::read_decay;
 using slm::rows_of;
 using slm::Sequence;
 using slm::Sizes;
@@ -64,39 +68,11 @@ struct Inputs {
     const void* data(const Optional& x) const { return x.has_value() ? x->data_ptr() : nullptr; }
 };
 
-Decay read_decay(const Optional& decay, int64_t B, int64_t T, int64_t H, int64_t K, ScalarType dtype,
-                 Optional& to) {
-    if (!decay.has_value()) return Decay::none;
-    if (decay->dim() == 1) {
-        to = statistics(*decay, Sizes{H}, dtype, "decay");
-        return Decay::constant;
-    }
-    if (decay->dim() == 3) {
-        to = statistics(*decay, Sizes{B, T, H}, dtype, "decay");
-        return Decay::scalar;
-    }
-    to = statistics(*decay, Sizes{B, T, H, K}, dtype, "decay");
-    return Decay::channel;
-}
-
-void check_tokens(const Tensor& q, const Tensor& k, const Tensor& v) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v must be [B, T, H, D]");
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                    "q, k, v must have one dtype");
-    for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(k.size(d) == q.size(d), "k must have q's shape");
-    STD_TORCH_CHECK(v.size(0) == q.size(0) && v.size(1) == q.size(1), "v must have q's batch and length");
-    STD_TORCH_CHECK(q.size(2) > 0 && v.size(2) % q.size(2) == 0, "q's heads must divide v's heads");
-    STD_TORCH_CHECK(q.size(3) > 0 && v.size(2) > 0 && v.size(3) > 0,
-                    "heads and head dimensions must be at least 1");
-}
-
 Inputs read_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& decay,
                    const Optional& beta, const Optional& state, const Optional& z, const Optional& cu,
                    double scale, bool normalize, bool l2norm, int64_t segment) {
     check_tokens(q, k, v);
-    STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite");
-    STD_TORCH_CHECK(!(normalize && beta.has_value()), "normalize must be False with beta");
-    STD_TORCH_CHECK(normalize || !z.has_value(), "initial_normalizer needs normalize");
+    check_options(beta, z, scale, normalize);
     STD_TORCH_CHECK(segment >= 0 && segment % 64 == 0, "segment must be a multiple of 64, or 0");
     Inputs in{dense_rows(q), dense_rows(k), dense_rows(v), {}, {}, {}, {}, {}, {}, q.size(0)};
     slm::LinearProblem& p = in.problem;
@@ -243,32 +219,16 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Optional decay, Optional beta, Tensor state,
             Optional normalizer, double scale, bool l2norm) {
-    check_tokens(q, k, v);
-    STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite");
-    slm::LinearStep s{};
-    s.dtype = dtype_of(q);
-    const ScalarType exact = statistics_type(s.dtype);
-    s.B = q.size(0), s.n = q.size(1), s.Hk = q.size(2), s.H = v.size(2), s.K = q.size(3), s.V = v.size(3);
-    STD_TORCH_CHECK(state.is_contiguous() && (!normalizer.has_value() || normalizer->is_contiguous()),
-                    "state must be contiguous: it is updated in place");
-    STD_TORCH_CHECK(!(normalizer.has_value() && beta.has_value()), "the normalizer must be absent with beta");
-    statistics(state, Sizes{s.B, s.H, s.K, s.V}, exact, "state");
-    if (normalizer.has_value()) statistics(*normalizer, Sizes{s.B, s.H, s.K}, exact, "normalizer");
-    Optional gates, rates;
-    s.decays = read_decay(decay, s.B, s.n, s.H, s.K, exact, gates);
-    if (beta.has_value()) rates = statistics(*beta, Sizes{s.B, s.n, s.H}, exact, "beta");
-    const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
-    Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.H, s.V});
-    s.q = rows_of(queries), s.k = rows_of(keys), s.v = rows_of(values), s.o = rows_of(o);
-    s.decay = gates.has_value() ? gates->data_ptr() : nullptr;
-    s.beta = rates.has_value() ? rates->data_ptr() : nullptr;
+    slm::StepInputs in = slm::read_step(q, k, v, decay, beta, state, normalizer, scale, l2norm);
+    slm::LinearStep& s = in.step;
+    s.decay = in.decay.has_value() ? in.decay->data_ptr() : nullptr;
+    s.beta = in.beta.has_value() ? in.beta->data_ptr() : nullptr;
     s.state = state.data_ptr(), s.z = normalizer.has_value() ? normalizer->data_ptr() : nullptr;
-    s.scale = scale, s.l2norm = l2norm;
     const auto& tier = kernels();
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, s.n * s.K * s.V));
     torch::stable::parallel_for(0, s.B * s.H, grain,
                                 [&](int64_t begin, int64_t end) { tier.step(s, begin, end); });
-    return o;
+    return in.o;
 }
 
 }  // namespace

@@ -26,7 +26,10 @@
 // Bytes: the ring, 2 W D of 16-bit numbers a head with D = Dv; that over the copy bandwidth is the floor. FLOPs:
 // 4 G D W, at G = 4 in bfloat16 4 a byte, where an H200 has 14 in float32, so no tensor cores. Scratch of the
 // splits: 4 G (Dv + 2) bytes a split, 2 % of 256 slots at D = 64, G = 4.
-// Not run on hardware yet. ptxas, sm_80 and sm_90a: REGISTERS; no spills.
+// Not run on hardware yet. ptxas, sm_80 and sm_90a: at most 96 registers for G = 1, 128 for 4, 168 for 8; no
+// spills. Considered: the online softmax of prefill, one phase instead of three, but a rescaling and an exchange
+// of maxima for every few keys; tensor cores, which would take 8 query heads for the price of one, and only the
+// 16-bit types; asynchronous copies to shared memory, which registers make do without.
 #include "../common/eight.cuh"
 #include "../common/launch.cuh"
 #include "../common/rows.h"
@@ -98,29 +101,21 @@ SLM_DEVICE int sums_over(float (&x)[N]) {
 template <typename Statistics, typename Part>
 SLM_DEVICE float4 merge(int count, float sink, Statistics statistics, Part part) {
     float m = sink;
+#pragma unroll 8
     for (int n = 0; n < count; ++n) m = fmaxf(m, statistics(n).x);
     if (m == -kInfinity) m = 0.f;
     float total = exp2(sink - m);
     float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
     for (int n = 0; n < count; ++n) {
         const float2 of = statistics(n);
-        if (of.y == 0.f) continue;  // nothing was seen, or written
-        const float factor = exp2(of.x - m);
         const float4 x = part(n);
+        const float factor = exp2(of.x - m);
         total += factor * of.y;
         o.x += factor * x.x, o.y += factor * x.y, o.z += factor * x.z, o.w += factor * x.w;
     }
     const float inverse = total == 0.f ? 0.f : 1.f / total;
     return make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
-}
-
-template <typename E>
-SLM_DEVICE void store_four(E* to, float4 x) {
-    store(static_cast<void*>(to), make_uint2(pack<E>(x.x, x.y), pack<E>(x.z, x.w)));
-}
-template <>
-SLM_DEVICE void store_four(float* to, float4 x) {
-    store(static_cast<void*>(to), x);
 }
 
 template <typename E, int L, int G>
@@ -135,9 +130,10 @@ step_kernel(const __grid_constant__ StepProblem p) {
     const int c = lane % L, row = warp * kRows * kLoads + lane / L;
     const Shared memory = shared_memory();
 
-    const int chunk = int(blockIdx.x) % p.chunks, split = int(blockIdx.x) / p.chunks % p.splits;
-    const int64_t ring = int64_t(blockIdx.x) / p.chunks / p.splits, b = ring / p.H, h = ring % p.H;
-    const int g0 = chunk * G, heads = min(G, p.group - g0);  // query heads of this block
+    const unsigned chunk = blockIdx.x % unsigned(p.chunks), of_ring = blockIdx.x / unsigned(p.chunks);
+    const unsigned split = of_ring % unsigned(p.splits);
+    const int64_t ring = of_ring / unsigned(p.splits), b = ring / p.H, h = ring % p.H;
+    const int g0 = int(chunk) * G, heads = min(G, p.group - g0);  // query heads of this block
     const E* q = p.q.at<const E>(b, 0, h * p.group + g0);
     float x_q[G][8];
 #pragma unroll
@@ -348,9 +344,12 @@ void launch_step(const Device& device, const StepProblem& p, int64_t rings) {
 
 template <typename E, int L>
 void launch_group(const Device& device, const StepProblem& p, int64_t rings) {
-    (p.group == 1   ? launch_step<E, L, 1>
-     : p.group <= 4 ? launch_step<E, L, 4>
-                    : launch_step<E, L, 8>)(device, p, rings);
+    if constexpr (sizeof(E) == 4)
+        launch_step<E, L, 4>(device, p, rings);
+    else
+        (p.group == 1   ? launch_step<E, L, 1>
+         : p.group <= 4 ? launch_step<E, L, 4>
+                        : launch_step<E, L, 8>)(device, p, rings);
 }
 
 template <typename E>
@@ -383,7 +382,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
     p.position = pointer<int64_t>(position);
     p.sinks = sinks.has_value() ? pointer<float>(*sinks) : nullptr;
     p.W = s.W, p.D = int(s.D), p.Dv = int(s.Dv), p.H = int(s.H), p.group = int(s.Hq / s.H);
-    p.chunks = (p.group + 7) / 8;
+    const int most = is_16bit(q) ? 8 : 4;  // query heads of a block
+    p.chunks = (p.group + most - 1) / most;
     p.splits = splits_of(rings * p.chunks, s.W, device);
     p.keys = int((s.W + p.splits - 1) / p.splits);
     p.splits = int((s.W + p.keys - 1) / p.keys);

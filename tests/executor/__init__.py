@@ -23,6 +23,7 @@ FLAGS = [
     "-U_FORTIFY_SOURCE",  # its longjmp takes a jump to another stack for an error
     "-g1",
     "-fPIC",
+    "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
     "-Werror",

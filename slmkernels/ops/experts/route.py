@@ -104,11 +104,25 @@ def prepare(
     return Call(logits, bias, mask, top_k, score, renormalize, groups, top, route_scale)
 
 
+def reason_against_cuda(call: Call) -> str | None:
+    """None where the CUDA C++ kernels take the call by its dtype and shapes, else why not."""
+    E = call.logits.shape[1]
+    if E > 512:
+        return f"logits has {E} experts; CUDA kernels take up to 512"
+    return native.reason_against_float64(call.logits)
+
+
+def reason_against_native(call: Call) -> str | None:
+    """None where native kernels can run the call, else why not."""
+    device = call.logits.device
+    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+
+
 OPERATION = register(
     Operation(
         "route",
         {
-            "native": lambda call: native.reason_against_kernel(call.logits.device),
+            "native": reason_against_native,
             "triton": lambda call: triton_support.reason_against_tensor("logits", call.logits),
             "reference": lambda call: None,
         },

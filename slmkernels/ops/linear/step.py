@@ -52,7 +52,31 @@ def prepare(
     return StepCall(q, k, v, decay, beta, *parts, scale, l2norm_qk)
 
 
-OPERATION = register(Operation("linear_attention_step", dict(SUPPORTS), prepare))
+def full_call(call: StepCall) -> Call:
+    """The step as a call of the full operation."""
+    return Call(*call[:7], None, call.scale, call.normalizer is not None, call.l2norm_qk)
+
+
+def reason_against_cuda(call: StepCall) -> str | None:
+    """None where the CUDA C++ kernel takes the call by its dtype and shapes, else why not."""
+    K, V = call.state.shape[2:]
+    if K > 256:
+        return f"q has head dimension {K}; CUDA kernels take up to 256"
+    if V % 4 != 0:
+        return f"v has head dimension {V}; CUDA kernels take multiples of 4"
+    return native.reason_against_float64(call.q)
+
+
+def reason_against_native(call: StepCall) -> str | None:
+    """None where native kernels can run the call, else why not."""
+    if call.q.shape[1] > FEW_TOKENS:
+        return SUPPORTS["native"](full_call(call))
+    device = call.q.device
+    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+
+
+SUPPORTS_STEP = {**SUPPORTS, "native": reason_against_native}
+OPERATION = register(Operation("linear_attention_step", SUPPORTS_STEP, prepare))
 
 
 def linear_attention_step(
@@ -89,7 +113,7 @@ def linear_attention_step(
     )
     chosen = OPERATION.choose(call, backend)
     if chosen == "reference" or call.q.shape[1] > FEW_TOKENS:
-        o, *after = attend(Call(*call[:7], None, call.scale, normalize, call.l2norm_qk), chosen)
+        o, *after = attend(full_call(call), chosen)
         for x, y in zip(call[5:7], after, strict=True):
             if x is not None:
                 x.copy_(y)

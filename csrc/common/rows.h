@@ -1,4 +1,4 @@
-// How the operators hand tensors to the kernels of a CPU tier.
+// How the operators hand tensors to their kernels.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Rows {
     int64_t b, t, h;
 
     template <typename E>
-    E* at(int64_t ib, int64_t it, int64_t ih) const {
+    constexpr E* at(int64_t ib, int64_t it, int64_t ih) const {
         return static_cast<E*>(data) + ib * b + it * t + ih * h;
     }
 };

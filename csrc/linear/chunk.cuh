@@ -1,0 +1,398 @@
+// One chunk of linear attention in shared memory, and what its tokens say to one another: M, and with beta Z.
+//
+// The maths and the roles of the warps stand in forward.cu.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/rows.h"
+#include "../common/tiles.cuh"
+#include "linear.h"
+
+namespace slm {
+namespace {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kSlice = 64;  // value columns of a block, at most
+constexpr int kLoaders = 2 * kWarp, kMakers = 4 * kWarp;  // threads of the first two roles
+constexpr int kMaxThreads = kLoaders + kMakers + kSlice / 16 * kWarp;
+constexpr int kMaxStages = 3;
+
+struct Problem {
+    Rows q, k, v, o;
+    const float *decay, *beta, *state0, *z0;
+    float *state, *z;
+    const int* cu;
+    int64_t T;
+    int H, group, K, V;
+    int columns, slices;  // V in slices of `columns`
+    int stages;           // chunks in shared memory
+    Decay decays;
+    bool normalize, l2norm;
+    float scale;
+
+    constexpr int states() const { return columns / 16 * kWarp; }  // threads of the third role
+};
+
+// What a block works on: `length` tokens from `begin` of row b, head h, value columns from `column`.
+struct Work {
+    int64_t n, b, begin, length;
+    int h, column, chunks;
+
+    explicit SLM_DEVICE Work(const Problem& p) {
+        const int64_t block = blockIdx.x;
+        column = int(block % p.slices) * p.columns;
+        h = int(block / p.slices % p.H), n = block / p.slices / p.H;
+        b = p.cu != nullptr ? 0 : n;
+        begin = p.cu != nullptr ? load(p.cu + n) : 0;
+        length = p.cu != nullptr ? load(p.cu + n + 1) - begin : p.T;
+        chunks = int((length + kChunk - 1) / kChunk);
+    }
+    SLM_DEVICE int tokens(int chunk) const { return int(min(int64_t(kChunk), length - int64_t(chunk) * kChunk)); }
+};
+
+// Barriers. The first three come once a stage.
+enum Barrier : int {
+    kLoaded = 1,                       // loaders tell makers: tiles, gates and rates are there
+    kMade = kLoaded + kMaxStages,      // makers tell states: M, Z and the factors are there
+    kRead = kMade + kMaxStages,        // states tell loaders: the stage may be overwritten
+    kAmongMakers = kRead + kMaxStages,
+};
+
+// Numbers of a chunk, one a token.
+enum Factor : int {
+    kHigh, kLow,             // log2 of the decay from the chunk's start to the token, itself included: a sum of two
+    kRate,                   // beta
+    kQueryNorm, kKeyNorm,    // 1 / |q|, 1 / |k|
+    kIntoQuery, kIntoKey,    // decay from the chunk's start, times those
+    kOutOf,                  // decay from the token to the chunk's end, times kKeyNorm
+    kFinish,                 // what o is multiplied by in the end
+    kTotal,                  // [0]: decay of the whole chunk
+    kExponents,              // [4] integers: M's rows are stored times two to this, a number for every 16
+    kFactors,
+};
+
+// A stage: one chunk's q, k, v (later o), M, Z^T, factors.
+template <int K, bool DELTA>
+struct Stage {
+    static constexpr int kKeys = Tile<K>::bytes(kChunk), kSquare = Tile<kChunk>::bytes(kChunk);
+    static constexpr int kNumbers = 2 * kKeys + Tile<kSlice>::bytes(kChunk) + (DELTA ? 2 : 1) * kSquare;
+    static constexpr int kBytes = kNumbers + kFactors * kChunk * 4;
+
+    Shared base;
+
+    SLM_DEVICE Tile<K> q() const { return {base}; }
+    SLM_DEVICE Tile<K> k() const { return {base + kKeys}; }
+    SLM_DEVICE Tile<kSlice> v() const { return {base + 2 * kKeys}; }
+    SLM_DEVICE Tile<kChunk> m() const { return {v().base + Tile<kSlice>::bytes(kChunk)}; }
+    SLM_DEVICE Tile<kChunk> z() const { return {m().base + kSquare}; }
+    SLM_DEVICE Shared factor(Factor which, int token = 0) const {
+        return base + Shared(kNumbers + (which * kChunk + token) * 4);
+    }
+    template <typename X = float>
+    SLM_DEVICE X get(Factor which, int token = 0) const {
+        return load<X>(factor(which, token));
+    }
+};
+
+// Behind the stages: the normaliser [K], and with beta the triangle I + L and its inverse.
+template <int K, bool DELTA>
+struct Layout {
+    static constexpr int kRow = kChunk + 8;  // floats: rows of eight lanes' float2 then lie in different banks
+    static constexpr int bytes(int stages) {
+        return stages * Stage<K, DELTA>::kBytes + K * 4 + (DELTA ? kChunk * kRow * 4 : 0);
+    }
+    int stages;
+    SLM_DEVICE Stage<K, DELTA> stage(int slot) const {
+        return {shared_memory() + Shared(slot * Stage<K, DELTA>::kBytes)};
+    }
+    SLM_DEVICE Shared normalizer(int k) const { return stage(stages).base + Shared(k * 4); }
+    SLM_DEVICE Shared triangle(int i, int j) const { return normalizer(K) + Shared((i * kRow + j) * 4); }
+};
+
+// --- Powers of two for float16. A state, q k or what the delta rule writes may leave its range, and digits are lost
+// near its lower end: operands are stored times a power of two that brings the largest of them near 2^target.
+// bfloat16 has the range of float; its exponents are 0, known to the compiler.
+
+SLM_DEVICE float two_to(int exponent) { return as_float(uint32_t(127 + exponent) << 23); }
+
+template <typename E, int N>
+SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
+    if constexpr (std::is_same_v<E, Half>) {
+        float largest = 0;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(x[n][e]));
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        return min(max(target + 127 - int(as_bits(largest) >> 23), -30), 30);  // products of three stay finite
+    } else {
+        return 0;
+    }
+}
+
+// --- Makers
+
+template <typename E, int K>
+SLM_DEVICE float sum_of_squares(Tile<K> tile, int row) {
+    float sum = 0;
+#pragma unroll 4
+    for (int piece = 0; piece < K / 8; ++piece) {
+        const uint4 x = load<uint4>(tile.piece(row, piece));
+        const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const float a = first_of<E>(pairs[n]), b = second_of<E>(pairs[n]);
+            sum += a * a + b * b;
+        }
+    }
+    return sum;
+}
+
+// The factors of each token that follow from its gates and norms, by the makers.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void make_factors(const Problem& p, Stage<K, DELTA> stage, int thread) {
+    const int token = thread % kChunk;
+    const bool key = thread / kChunk;  // half of the threads see to queries, half to keys
+    float norm = 1;
+    if (p.l2norm) {
+        norm = reciprocal_root(sum_of_squares<E>(key ? stage.k() : stage.q(), token) + 1e-6f);
+        store(stage.factor(key ? kKeyNorm : kQueryNorm, token), norm);
+    }
+    const float high = stage.get(kHigh, token), low = stage.get(kLow, token);
+    const float last_high = stage.get(kHigh, kChunk - 1), last_low = stage.get(kLow, kChunk - 1);
+    store(stage.factor(key ? kIntoKey : kIntoQuery, token), norm * exp2(high + low));
+    if (key)
+        store(stage.factor(kOutOf, token), norm * exp2((last_high - high) + (last_low - low)));
+    else
+        store(stage.factor(kFinish, token), p.scale);
+    if (thread == 0) store(stage.factor(kTotal), exp2(last_high + last_low));
+}
+
+// x [16, 64] of the warp's rows, times the decay from token j to token i, and the norms; zero for j > i, or, if
+// `strict`, for j >= i. Columns behind the warp's last row are left as they are.
+template <int K, bool DELTA>
+SLM_DEVICE void fade(const Problem& p, Stage<K, DELTA> stage, int warp, float (&x)[8][4], const float (&rows)[2],
+                     bool strict) {
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    float high[2], low[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        high[half] = stage.get(kHigh, 16 * warp + g + 8 * half);
+        low[half] = stage.get(kLow, 16 * warp + g + 8 * half);
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        if (n >= 2 * warp + 2) continue;
+        const int j = 8 * n + 2 * t;
+        const float2 highs = stage.template get<float2>(kHigh, j), lows = stage.template get<float2>(kLow, j);
+        float2 norms = make_float2(1, 1);
+        if (p.l2norm) norms = stage.template get<float2>(kKeyNorm, j);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int half = e / 2, second = e % 2, i = 16 * warp + g + 8 * half;
+            float factor = rows[half] * (second ? norms.y : norms.x);
+            if (p.decays != Decay::none)
+                factor *= exp2((high[half] - (second ? highs.y : highs.x)) +
+                               (low[half] - (second ? lows.y : lows.x)));
+            x[n][e] = i > j + second || (i == j + second && !strict) ? x[n][e] * factor : 0.f;
+        }
+    }
+}
+
+// den = row sums of M + q z, and then z of the next chunk.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void normalize(Layout<K, DELTA> memory, Stage<K, DELTA> stage, int thread, const float (&m)[8][4]) {
+    const int warp = thread / kWarp, g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    sync_some(kAmongMakers, kMakers);  // the factors are there
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = 16 * warp + g + 8 * half;
+        float near = 0, far = 0;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+            if (n < 2 * warp + 2) near += m[n][2 * half] + m[n][2 * half + 1];
+#pragma unroll
+        for (int piece = t; piece < K / 8; piece += 4) {
+            const uint4 x = load<uint4>(stage.q().piece(row, piece));
+            const float4 a = load<float4>(memory.normalizer(8 * piece));
+            const float4 b = load<float4>(memory.normalizer(8 * piece + 4));
+            far += first_of<E>(x.x) * a.x + second_of<E>(x.x) * a.y + first_of<E>(x.y) * a.z +
+                   second_of<E>(x.y) * a.w + first_of<E>(x.z) * b.x + second_of<E>(x.z) * b.y +
+                   first_of<E>(x.w) * b.z + second_of<E>(x.w) * b.w;
+        }
+        const float den = sum_of_row(near) + stage.get(kIntoQuery, row) * sum_of_row(far) + 1e-6f;
+        if (t == 0) store(stage.factor(kFinish, row), 1.f / den);
+    }
+    sync_some(kAmongMakers, kMakers);  // z has been read
+    if (thread < K) {
+        float z = 0;
+#pragma unroll 8
+        for (int j = 0; j < kChunk; ++j)
+            z += stage.get(kOutOf, j) * to_float(load<E>(stage.k().at(j, thread)));
+        z += stage.get(kTotal) * load<float>(memory.normalizer(thread));
+        store(memory.normalizer(thread), z);
+    }
+}
+
+// Z^T out of L = beta N: with X = (I + L)^-1, Z = (X - I) beta, strictly lower triangular.
+//
+// Each warp inverts its block of 16 on the diagonal by forward substitution in float32, a column a lane, and leaves it
+// in L's place. Then it goes down its block column, X_ij = -X_ii (sum over j <= m < i of L_im X_mj), on tensor cores
+// in tf32: as X_mj^T, whose results are operands again if columns are numbered 0, 2, 4, 6, 1, 3, 5, 7 within eight, in
+// both factors. No warp waits for another's products.
+template <typename E, int K>
+SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, const float (&l)[8][4]) {
+    const int lane = lane_of_thread(), g = lane / 4, t = lane % 4, first = 16 * warp;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+        if (n < 2 * warp + 2) {
+            store(memory.triangle(first + g, 8 * n + 2 * t), make_float2(l[n][0], l[n][1]));
+            store(memory.triangle(first + g + 8, 8 * n + 2 * t), make_float2(l[n][2], l[n][3]));
+        }
+    sync_warp();
+    const int c = lane % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < i; j += 4) {
+            const float4 row = load<float4>(memory.triangle(first + i, first + j));
+            sum += row.x * x[j];
+            if (j + 1 < i) sum += row.y * x[j + 1];
+            if (j + 2 < i) sum += row.z * x[j + 2];
+            if (j + 3 < i) sum += row.w * x[j + 3];
+        }
+        x[i] = i > c ? -sum : i == c ? 1.f : 0.f;
+    }
+    sync_warp();
+    if (lane < 16) {
+        const float rate = stage.get(kRate, first + c);
+        uint32_t z[8];
+#pragma unroll
+        for (int i = 0; i < 16; i += 2)
+            z[i / 2] = pack<E>(i > c ? rate * x[i] : 0.f, i + 1 > c ? rate * x[i + 1] : 0.f);
+        store(stage.z().piece(first + c, 2 * warp), make_uint4(z[0], z[1], z[2], z[3]));
+        store(stage.z().piece(first + c, 2 * warp + 1), make_uint4(z[4], z[5], z[6], z[7]));
+#pragma unroll
+        for (int i = 0; i < 16; ++i) store(memory.triangle(first + i, first + c), x[i]);
+    }
+    sync_some(kAmongMakers, kMakers);
+
+    const auto as_operand = [](uint32_t(&a)[2][4], const float(&d)[2][4]) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+            a[s][0] = as_tf32(d[s][0]), a[s][1] = as_tf32(d[s][2]);
+            a[s][2] = as_tf32(d[s][1]), a[s][3] = as_tf32(d[s][3]);
+        }
+    };
+    // d += a B^T, B a block of 16 of the triangle
+    const auto multiply_block = [&](float(&d)[2][4], const uint32_t(&a)[2][4], int i, int m) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float2 b = load<float2>(memory.triangle(16 * i + 8 * n + g, 16 * m + 8 * s + 2 * t));
+                multiply_tf32(d[n], a[s], as_tf32(b.x), as_tf32(b.y));
+            }
+    };
+    uint32_t column[3][2][4];  // X_mj^T for m = j, j + 1, j + 2
+    float d[2][4];
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            d[s][e] = load<float>(memory.triangle(first + 8 * s + 2 * t + e % 2, first + g + e / 2 * 8));
+    as_operand(column[0], d);
+    const float rates[2] = {stage.get(kRate, first + g), stage.get(kRate, first + g + 8)};
+#pragma unroll
+    for (int below = 1; below < 4; ++below) {
+        const int i = warp + below;
+        if (i >= 4) break;
+        float sum[2][4] = {}, product[2][4] = {};
+#pragma unroll
+        for (int m = 0; m < below; ++m) multiply_block(sum, column[m], i, warp + m);
+        uint32_t operand[2][4];
+        as_operand(operand, sum);
+        multiply_block(product, operand, i, i);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) product[n][e] = -product[n][e];
+        }
+        if (below < 3) as_operand(column[below < 3 ? below : 0], product);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) product[n][e] *= rates[e / 2];
+            store_d<E>(stage.z(), first, 16 * i + 8 * n, product[n]);
+        }
+    }
+}
+
+// The second role: M, Z and the factors of every chunk, one chunk after the other.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void make_chunks(const Problem& p, const Work& work) {
+    const Layout<K, DELTA> memory{p.stages};
+    const int thread = int(threadIdx.x) - kLoaders, warp = thread / kWarp, g = lane_of_thread() / 4;
+    const int64_t place = (work.n * p.H + work.h) * p.K + thread;
+    if (p.normalize && thread < K)
+        store(memory.normalizer(thread), thread < p.K && p.z0 != nullptr ? load(p.z0 + place) : 0.f);
+    for (int chunk = 0, slot = 0; chunk < work.chunks; ++chunk) {
+        const Stage<K, DELTA> stage = memory.stage(slot);
+        sync_some(kLoaded + slot, kLoaders + kMakers);
+        make_factors<E>(p, stage, thread);
+        if (p.l2norm) sync_some(kAmongMakers, kMakers);
+
+        float m[8][4] = {}, l[8][4] = {};
+#pragma unroll
+        for (int column = 0; column < K; column += 16) {
+            uint32_t a[4], rows[4], b[4];
+            load_a(a, stage.q(), 16 * warp, column);
+            if constexpr (DELTA) load_a(rows, stage.k(), 16 * warp, column);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (j > warp) continue;
+                load_b(b, stage.k(), 16 * j, column);
+                multiply<E>(m[2 * j], a, b[0], b[1]);
+                multiply<E>(m[2 * j + 1], a, b[2], b[3]);
+                if constexpr (DELTA) {
+                    multiply<E>(l[2 * j], rows, b[0], b[1]);
+                    multiply<E>(l[2 * j + 1], rows, b[2], b[3]);
+                }
+            }
+        }
+        float norms[2] = {1, 1};
+        if (p.l2norm)
+            for (int half = 0; half < 2; ++half) norms[half] = stage.get(kQueryNorm, 16 * warp + g + 8 * half);
+        fade(p, stage, warp, m, norms, false);
+        const int exponent = exponent_for<E>(m, 13);
+        if (std::is_same_v<E, Half> && lane_of_thread() == 0) store(stage.factor(kExponents, warp), exponent);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+            if (n < 2 * warp + 2) {
+                float row[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) row[e] = m[n][e] * two_to(exponent);
+                store_d<E>(stage.m(), 16 * warp, 8 * n, row);
+            }
+        if constexpr (DELTA) {
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * warp + g + 8 * half;
+                norms[half] = stage.get(kRate, row) * (p.l2norm ? stage.get(kKeyNorm, row) : 1.f);
+            }
+            fade(p, stage, warp, l, norms, true);
+            invert<E>(memory, stage, warp, l);
+        } else if (p.normalize) {
+            normalize<E>(memory, stage, thread, m);
+        }
+        arrive_some(kMade + slot, kMakers + p.states());
+        slot = slot + 1 == p.stages ? 0 : slot + 1;
+    }
+    if (p.normalize && work.column == 0 && thread < p.K) store(p.z + place, load<float>(memory.normalizer(thread)));
+}
+
+}  // namespace
+}  // namespace slm

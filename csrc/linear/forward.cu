@@ -1,0 +1,369 @@
+// STORY
+#include <limits>
+#include <tuple>
+
+#include "../common/launch.cuh"
+#include "checks.h"
+#include "chunk.cuh"
+
+namespace slm {
+namespace {
+
+// --- Loaders
+
+// log2 of the decay from the chunk's start to each token, and rates, by one warp with two tokens a lane. Sums are taken
+// in float64 and kept as two floats: their differences then have the digits of the gates between two tokens, whatever
+// came before. A gate below -200 counts as -200, so that -inf gives zeros and no NaN: e^-200 is zero in float32.
+template <int K, bool DELTA>
+SLM_DEVICE void load_gates(const Problem& p, const Work& work, Stage<K, DELTA> stage, int64_t first, int tokens) {
+    const int lane = lane_of_thread();
+    double sums[2];
+    float rates[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const int token = 2 * lane + n;
+        const int64_t at = (work.b * p.T + first + token) * p.H + work.h;
+        float gate = 0;
+        if (p.decays != Decay::none && token < tokens)
+            gate = fmaxf(load(p.decay + (p.decays == Decay::constant ? work.h : at)), -200.f);
+        sums[n] = double(gate) * 1.4426950408889634;
+        if constexpr (DELTA) rates[n] = token < tokens ? load(p.beta + at) : 0.f;
+    }
+    if (p.decays != Decay::none) {
+        double sum = sums[0] + sums[1];
+#pragma unroll
+        for (int delta = 1; delta < kWarp; delta *= 2) {
+            const double before = shuffle_up(sum, delta);
+            if (lane >= delta) sum += before;
+        }
+        sums[0] = sum - sums[1], sums[1] = sum;
+    }
+    const float2 high = make_float2(float(sums[0]), float(sums[1]));
+    store(stage.factor(kHigh, 2 * lane), high);
+    store(stage.factor(kLow, 2 * lane), make_float2(float(sums[0] - high.x), float(sums[1] - high.y)));
+    if constexpr (DELTA) store(stage.factor(kRate, 2 * lane), make_float2(rates[0], rates[1]));
+}
+
+// The first role: brings the chunks to shared memory.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void load_chunks(const Problem& p, const Work& work) {
+    const Layout<K, DELTA> memory{p.stages};
+    const int thread = int(threadIdx.x);
+    for (int chunk = 0, slot = 0; chunk < work.chunks; ++chunk) {
+        const Stage<K, DELTA> stage = memory.stage(slot);
+        const int tokens = work.tokens(chunk);
+        const int64_t first = work.begin + int64_t(chunk) * kChunk;
+        if (chunk >= p.stages) sync_some(kRead + slot, kLoaders + p.states());
+        const auto valid = [=](int row) { return row < tokens; };
+        const auto from = [&](const Rows& x, int h, int column) {
+            const E* start = x.at<const E>(work.b, first, h) + column;
+            return [start, stride = x.t](int row) { return start + row * stride; };
+        };
+        const int h = work.h / p.group;
+        copy_rows<K, E>(stage.k(), kChunk, p.K, thread, kLoaders, from(p.k, h, 0), valid);
+        copy_rows<K, E>(stage.q(), kChunk, p.K, thread, kLoaders, from(p.q, h, 0), valid);
+        copy_rows<kSlice, E>(stage.v(), kChunk, min(p.columns, p.V - work.column), thread, kLoaders,
+                             from(p.v, work.h, work.column), valid);
+        commit_copies();
+        if (thread < kWarp) load_gates(p, work, stage, first, tokens);
+        wait_copies<0>();
+        arrive_some(kLoaded + slot, kLoaders + kMakers);
+        slot = slot + 1 == p.stages ? 0 : slot + 1;
+    }
+}
+
+// --- States
+
+// One warp's 16 columns of the state, transposed: results of `multiply` with a row for each of them.
+template <int K>
+struct State {
+    float s[K / 8][4];
+
+    template <typename F>
+    SLM_DEVICE void each(const Problem& p, const Work& work, int column, F visit) {
+        const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+        const int64_t place = (work.n * p.H + work.h) * p.K;
+#pragma unroll
+        for (int n = 0; n < K / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int k = 8 * n + 2 * t + e % 2, value = column + g + e / 2 * 8;
+                if (k < p.K && value < p.V) visit(s[n][e], (place + k) * p.V + value);
+            }
+    }
+};
+
+// d [16 (V), 64 (tokens)] += a B, a [16, 16 (k)] and B [16 (k), 64] of a tile's rows of tokens.
+template <typename E, int K>
+SLM_DEVICE void multiply_tokens(float (&d)[8][4], const uint32_t (&a)[4], Tile<K> tile, int column) {
+    uint32_t b[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+        load_b(b, tile, 16 * m, column);
+        multiply<E>(d[2 * m], a, b[0], b[1]);
+        multiply<E>(d[2 * m + 1], a, b[2], b[3]);
+    }
+}
+
+// u^T [16 (V), 64 (tokens)], times two to an exponent that is returned, from k S in `read`.
+template <typename E, int K>
+SLM_DEVICE int correct(Stage<K, true> stage, int column, float (&read)[8][4], float of_state, float (&u)[8][4]) {
+    const int t = lane_of_thread() % 4;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+        uint32_t v[4];
+        load_a_transposed(v, stage.v(), 16 * m, column);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 into = stage.template get<float2>(kIntoKey, 16 * m + 8 * n + 2 * t);
+            float(&r)[4] = read[2 * m + n];
+            r[0] = first_of<E>(v[2 * n]) - into.x * of_state * r[0];
+            r[1] = second_of<E>(v[2 * n]) - into.y * of_state * r[1];
+            r[2] = first_of<E>(v[2 * n + 1]) - into.x * of_state * r[2];
+            r[3] = second_of<E>(v[2 * n + 1]) - into.y * of_state * r[3];
+        }
+    }
+    const int exponent = exponent_for<E>(read, 7);  // sums of 64 of them stay in range
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 rate = stage.template get<float2>(kRate, 8 * n + 2 * t);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            read[n][e] *= two_to(exponent);
+            u[n][e] = (e % 2 ? rate.y : rate.x) * read[n][e];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        uint32_t a[4], b[4];
+        as_a<E>(a, read[2 * j], read[2 * j + 1]);
+#pragma unroll
+        for (int i = j; i < 4; ++i) {
+            load_b_transposed(b, stage.z(), 16 * j, 16 * i);
+            multiply<E>(u[2 * i], a, b[0], b[1]);
+            multiply<E>(u[2 * i + 1], a, b[2], b[3]);
+        }
+    }
+    return exponent;
+}
+
+// o [64, 16] of one chunk to memory, through the warp's own columns of v's tile.
+template <typename E>
+SLM_DEVICE void write_outputs(const Problem& p, const Work& work, Tile<kSlice> tile, int column, int chunk,
+                              const float (&o)[4][2][4]) {
+    sync_warp();  // all lanes have read v
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) store_d<E>(tile, 16 * m, column + 8 * n, o[m][n]);
+    sync_warp();
+    const int tokens = work.tokens(chunk), piece = lane_of_thread() % 2;
+    const int value = work.column + column + 8 * piece;
+    E* to = p.o.at<E>(work.b, work.begin + int64_t(chunk) * kChunk, work.h) + value;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        const int row = 16 * step + lane_of_thread() / 2;
+        const uint4 x = load<uint4>(tile.piece(row, column / 8 + piece));
+        if (row < tokens && value < p.V) store(static_cast<void*>(to + row * p.o.t), x);
+    }
+}
+
+// The third role: carries 16 columns of the state a warp through the sequence, and writes o.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
+    const Layout<K, DELTA> memory{p.stages};
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    const int column = (int(threadIdx.x) - kLoaders - kMakers) / kWarp * 16;
+    State<K> state = {};
+    float(&s)[K / 8][4] = state.s;
+    if (p.state0 != nullptr)
+        state.each(p, work, work.column + column, [&](float& x, int64_t at) { x = load(p.state0 + at); });
+    for (int chunk = 0, slot = 0; chunk < work.chunks; ++chunk) {
+        const Stage<K, DELTA> stage = memory.stage(slot);
+        const int of_state = exponent_for<E>(s, 13);  // exponents of two, 0 for bfloat16
+        int of_u = 0;
+        sync_some(kMade + slot, kMakers + p.states());
+
+        // What queries, and keys, read of the state: its columns serve as operands as they are.
+        float o[4][2][4] = {}, read[8][4] = {};
+#pragma unroll
+        for (int n = 0; n < K / 16; ++n) {
+            uint32_t operand[4], a[4];
+            float scaled[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) scaled[e / 4][e % 4] = s[2 * n + e / 4][e % 4] * two_to(of_state);
+            as_a<E>(operand, scaled[0], scaled[1]);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                load_a(a, stage.q(), 16 * m, 16 * n);
+                multiply<E>(o[m][0], a, operand[0], operand[2]);
+                multiply<E>(o[m][1], a, operand[1], operand[3]);
+            }
+            if constexpr (DELTA) multiply_tokens<E>(read, operand, stage.k(), 16 * n);
+        }
+
+        // What the tokens write, u^T: v, or what the delta rule makes of it. And the same as the chunk's end keeps it.
+        uint32_t u[4][4], writes[4][4];
+        float corrected[8][4];
+        if constexpr (DELTA) of_u = correct<E>(stage, column, read, two_to(-of_state), corrected);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            if constexpr (DELTA)
+                as_a<E>(u[m], corrected[2 * m], corrected[2 * m + 1]);
+            else
+                load_a_transposed(u[m], stage.v(), 16 * m, column);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
+                float first = first_of<E>(u[m][n]), second = second_of<E>(u[m][n]);
+                if constexpr (DELTA) {
+                    first = corrected[2 * m + n / 2][n % 2 * 2];
+                    second = corrected[2 * m + n / 2][n % 2 * 2 + 1];
+                }
+                writes[m][n] = pack<E>(out_of.x * first, out_of.y * second);
+            }
+        }
+
+        // o = finish (into (q S) + M u)
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            int exponent = of_u;  // of M u
+            if constexpr (std::is_same_v<E, Half>) exponent += stage.template get<int>(kExponents, m);
+            float finish[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * m + g + 8 * half;
+                const float into = stage.get(kIntoQuery, row) * two_to(exponent - of_state);
+                finish[half] = stage.get(kFinish, row) * two_to(-exponent);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) o[m][n][2 * half] *= into, o[m][n][2 * half + 1] *= into;
+            }
+#pragma unroll
+            for (int j = 0; j <= m; ++j) {
+                uint32_t a[4];
+                load_a(a, stage.m(), 16 * m, 16 * j);
+                multiply<E>(o[m][0], a, u[j][0], u[j][2]);
+                multiply<E>(o[m][1], a, u[j][1], u[j][3]);
+            }
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) o[m][n][e] *= finish[e / 2];
+        }
+        write_outputs<E>(p, work, stage.v(), column, chunk, o);
+
+        // S = total S + what was written. The chunk's sum is taken apart: tensor cores cut what they add to.
+        const float total = stage.get(kTotal);
+#pragma unroll
+        for (int n = 0; n < K / 16; ++n) {
+            float added[2][4] = {};
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                uint32_t b[4];
+                load_b_transposed(b, stage.k(), 16 * m, 16 * n);
+                multiply<E>(added[0], writes[m], b[0], b[1]);
+                multiply<E>(added[1], writes[m], b[2], b[3]);
+            }
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                float& x = s[2 * n + e / 4][e % 4];
+                x = x * total + added[e / 4][e % 4] * two_to(-of_u);
+            }
+        }
+        if (chunk + p.stages < work.chunks) arrive_some(kRead + slot, kLoaders + p.states());
+        slot = slot + 1 == p.stages ? 0 : slot + 1;
+    }
+    state.each(p, work, work.column + column, [&](float& x, int64_t at) { store(p.state + at, x); });
+}
+
+template <typename E, int K, bool DELTA>
+SLM_KERNEL(kMaxThreads, 1)
+forward_kernel(const __grid_constant__ Problem p) {
+    const Work work(p);
+    const int thread = int(threadIdx.x);
+    if (thread < kLoaders)
+        load_chunks<E, K, DELTA>(p, work);
+    else if (thread < kLoaders + kMakers)
+        make_chunks<E, K, DELTA>(p, work);
+    else
+        carry_state<E, K, DELTA>(p, work);
+}
+
+// --- The host's side
+
+template <typename E, int K, bool DELTA>
+void launch_kernel(const Device& device, Problem& p, int64_t blocks) {
+    const auto bytes = [](int stages) { return Layout<K, DELTA>::bytes(stages); };
+    p.stages = bytes(kMaxStages) <= device.shared_limit() ? kMaxStages : kMaxStages - 1;
+    STD_TORCH_CHECK(bytes(p.stages) <= device.shared_limit(), "linear_attention_forward needs ", bytes(p.stages),
+                    " bytes of shared memory, the device has ", device.shared_limit());
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many sequences and heads: ", blocks, " blocks");
+    device.launch(forward_kernel<E, K, DELTA>, dim3(unsigned(blocks)), kLoaders + kMakers + p.states(),
+                  bytes(p.stages), p);
+}
+
+template <typename E>
+void launch(const Device& device, Problem& p, int64_t blocks) {
+    const auto with = [&](auto size) {
+        constexpr int K = decltype(size)::value;
+        p.beta != nullptr ? launch_kernel<E, K, true>(device, p, blocks)
+                          : launch_kernel<E, K, false>(device, p, blocks);
+    };
+    p.K <= 64 ? with(std::integral_constant<int, 64>()) : with(std::integral_constant<int, 128>());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                   Optional decay, Optional beta, Optional initial_state,
+                                                   Optional initial_normalizer, Optional cu, double scale,
+                                                   bool normalize, bool l2norm, int64_t segment) {
+    const Device device(q);
+    check_tokens(q, k, v);
+    check_options(beta, initial_normalizer, scale, normalize);
+    const int64_t B = q.size(0), T = q.size(1), Hk = q.size(2), K = q.size(3), H = v.size(2), V = v.size(3);
+    STD_TORCH_CHECK(is_16bit(q), "q must be bfloat16 or float16 on cuda");
+    STD_TORCH_CHECK(K % 8 == 0 && K <= 128, "q's head dimension must be a multiple of 8 up to 128, got ", K);
+    STD_TORCH_CHECK(V % 8 == 0, "v's head dimension must be a multiple of 8, got ", V);
+    STD_TORCH_CHECK(segment == 0, "segment must be 0 on cuda: no states are kept for a backward");
+    int64_t N = B;
+    if (cu.has_value()) {
+        STD_TORCH_CHECK(cu->dim() == 1 && cu->scalar_type() == ScalarType::Int && cu->size(0) > 0,
+                        "cu_seqlens must be an int32 tensor [N+1]");
+        STD_TORCH_CHECK(B == 1, "packed sequences need batch 1, got ", B);
+        N = cu->size(0) - 1;
+        cu = dense(*cu);
+    }
+    const Tensor queries = aligned_rows(q), keys = aligned_rows(k), values = aligned_rows(v);
+    Problem p{};
+    Optional gates, rates, states, normalizers;
+    p.decays = read_decay(decay, B, T, H, K, ScalarType::Float, gates);
+    STD_TORCH_CHECK(p.decays != Decay::channel, "decay must be [H] or [B, T, H] on cuda");
+    if (beta.has_value()) rates = statistics(*beta, Sizes{B, T, H}, ScalarType::Float, "beta");
+    if (initial_state.has_value())
+        states = statistics(*initial_state, Sizes{N, H, K, V}, ScalarType::Float, "initial_state");
+    if (initial_normalizer.has_value())
+        normalizers = statistics(*initial_normalizer, Sizes{N, H, K}, ScalarType::Float, "initial_normalizer");
+    const Tensor o = torch::stable::new_empty(q, {B, T, H, V});
+    const Tensor state = torch::stable::new_empty(q, {N, H, K, V}, ScalarType::Float);
+    const Tensor none = torch::stable::new_empty(q, {0}, ScalarType::Float);
+    const Tensor z = normalize ? torch::stable::new_empty(q, {N, H, K}, ScalarType::Float) : none;
+
+    const auto rows = [](const Tensor& x) { return Rows{pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)}; };
+    const auto numbers = [](const Optional& x) { return x.has_value() ? pointer<const float>(*x) : nullptr; };
+    p.q = rows(queries), p.k = rows(keys), p.v = rows(values), p.o = rows(o);
+    p.decay = numbers(gates), p.beta = numbers(rates), p.state0 = numbers(states), p.z0 = numbers(normalizers);
+    p.state = pointer<float>(state), p.z = pointer<float>(z);
+    p.cu = cu.has_value() ? pointer<const int>(*cu) : nullptr;
+    p.T = T, p.H = int(H), p.group = int(H / Hk), p.K = int(K), p.V = int(V);
+    p.normalize = normalize, p.l2norm = l2norm, p.scale = normalize ? 1.f : float(scale);
+    // Columns never meet, so that the bits do not depend on the slices.
+    p.columns = kSlice;
+    if (V <= 32 || N * H * ((V + 63) / 64) < device.multiprocessors()) p.columns = 32;
+    p.slices = int((V + p.columns - 1) / p.columns);
+    SLM_DISPATCH_16BIT(q, launch, device, p, N * H * p.slices);
+    return {o, state, z, torch::stable::new_empty(q, {0}, ScalarType::Float)};
+}
+
+}  // namespace
+}  // namespace slm
+
+SLM_CUDA_OPERATORS(m) { m.impl("linear_attention_forward", TORCH_BOX(&slm::forward)); }

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kSlice = 64;  // value columns of a block, at most
-constexpr int kLoaders = 2 * kWarp, kMakers = 4 * kWarp;  // threads of the first two roles
-constexpr int kMaxThreads = kLoaders + kMakers + kSlice / 16 * kWarp;
+constexpr int kMakers = 4 * kWarp;  // threads of the first role
+constexpr int kMaxThreads = kMakers + kSlice / 16 * kWarp;
 constexpr int kMaxStages = 3;
 
 struct Problem {
@@ -26,12 +26,12 @@ struct Problem {
     int64_t T;
     int H, group, K, V;
     int columns, slices;  // V in slices of `columns`
-    int stages;           // chunks in shared memory
+    int stages;  // chunks in shared memory
     Decay decays;
     bool normalize, l2norm;
     float scale;
 
-    constexpr int states() const { return columns / 16 * kWarp; }  // threads of the third role
+    constexpr int states() const { return columns / 16 * kWarp; }  // threads of the second role
 };
 
 // What a block works on: `length` tokens from `begin` of row b, head h, value columns from `column`.
@@ -48,27 +48,31 @@ struct Work {
         length = p.cu != nullptr ? load(p.cu + n + 1) - begin : p.T;
         chunks = int((length + kChunk - 1) / kChunk);
     }
-    SLM_DEVICE int tokens(int chunk) const { return int(min(int64_t(kChunk), length - int64_t(chunk) * kChunk)); }
+    SLM_DEVICE int tokens(int chunk) const {
+        return int(min(int64_t(kChunk), length - int64_t(chunk) * kChunk));
+    }
 };
 
-// Barriers. The first three come once a stage.
+// Barriers; the first two come once a stage.
 enum Barrier : int {
-    kLoaded = 1,                       // loaders tell makers: tiles, gates and rates are there
-    kMade = kLoaded + kMaxStages,      // makers tell states: M, Z and the factors are there
-    kRead = kMade + kMaxStages,        // states tell loaders: the stage may be overwritten
+    kMade = 1,  // makers tell states: q, k, v, M, Z and the factors are there
+    kRead = kMade + kMaxStages,  // states tell makers: the stage may be overwritten
     kAmongMakers = kRead + kMaxStages,
 };
 
 // Numbers of a chunk, one a token.
 enum Factor : int {
-    kHigh, kLow,             // log2 of the decay from the chunk's start to the token, itself included: a sum of two
-    kRate,                   // beta
-    kQueryNorm, kKeyNorm,    // 1 / |q|, 1 / |k|
-    kIntoQuery, kIntoKey,    // decay from the chunk's start, times those
-    kOutOf,                  // decay from the token to the chunk's end, times kKeyNorm
-    kFinish,                 // what o is multiplied by in the end
-    kTotal,                  // [0]: decay of the whole chunk
-    kExponents,              // [4] integers: M's rows are stored times two to this, a number for every 16
+    kHigh,
+    kLow,  // log2 of the decay from the chunk's start to the token, itself included: a sum of two
+    kRate,  // beta
+    kQueryNorm,
+    kKeyNorm,  // 1 / |q|, 1 / |k|
+    kIntoQuery,
+    kIntoKey,  // decay from the chunk's start, times those
+    kOutOf,  // decay from the token to the chunk's end, times kKeyNorm
+    kFinish,  // what o is multiplied by in the end
+    kTotal,  // [0]: decay of the whole chunk
+    kExponents,  // [4] integers: M's rows are stored times two to this, a number for every 16
     kFactors,
 };
 
@@ -98,7 +102,8 @@ struct Stage {
 // Behind the stages: the normaliser [K], and with beta the triangle I + L and its inverse.
 template <int K, bool DELTA>
 struct Layout {
-    static constexpr int kRow = kChunk + 8;  // floats: rows of eight lanes' float2 then lie in different banks
+    static constexpr int kRow =
+        kChunk + 8;  // floats: rows of eight lanes' float2 then lie in different banks
     static constexpr int bytes(int stages) {
         return stages * Stage<K, DELTA>::kBytes + K * 4 + (DELTA ? kChunk * kRow * 4 : 0);
     }
@@ -126,13 +131,71 @@ SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
             for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(x[n][e]));
 #pragma unroll
         for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-        return min(max(target + 127 - int(as_bits(largest) >> 23), -30), 30);  // products of three stay finite
+        return min(max(target + 127 - int(as_bits(largest) >> 23), -30),
+                   30);  // products of three stay finite
     } else {
         return 0;
     }
 }
 
 // --- Makers
+
+// Begins to bring a chunk's q, k and v to its stage.
+template <typename E, int K, bool DELTA>
+SLM_DEVICE void load_tokens(const Problem& p, const Work& work, Stage<K, DELTA> stage, int chunk) {
+    const int thread = int(threadIdx.x), tokens = work.tokens(chunk), h = work.h / p.group;
+    const auto valid = [=](int row) { return row < tokens; };
+    const auto from = [&](const Rows& x, int head, int column) {
+        const E* start = x.at<const E>(work.b, work.begin + int64_t(chunk) * kChunk, head) + column;
+        return [start, stride = x.t](int row) { return start + row * stride; };
+    };
+    copy_rows<K, E>(stage.q(), kChunk, p.K, thread, kMakers, from(p.q, h, 0), valid);
+    copy_rows<K, E>(stage.k(), kChunk, p.K, thread, kMakers, from(p.k, h, 0), valid);
+    copy_rows<kSlice, E>(stage.v(), kChunk, min(p.columns, p.V - work.column), thread, kMakers,
+                         from(p.v, work.h, work.column), valid);
+}
+
+// Gates and rates of two neighbouring tokens; of none where the chunk has ended.
+struct Gates {
+    float gate[2] = {}, rate[2] = {};
+
+    SLM_DEVICE void load_chunk(const Problem& p, const Work& work, int chunk) {
+        const int tokens = chunk < work.chunks ? work.tokens(chunk) : 0;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const int token = 2 * lane_of_thread() + n;
+            const int64_t at = (work.b * p.T + work.begin + int64_t(chunk) * kChunk + token) * p.H + work.h;
+            const bool there = token < tokens;
+            gate[n] = there && p.decays == Decay::scalar ? load(p.decay + at) : 0;
+            if (there && p.decays == Decay::constant) gate[n] = load(p.decay + work.h);
+            rate[n] = there && p.beta != nullptr ? load(p.beta + at) : 0;
+        }
+    }
+};
+
+// log2 of the decay from the chunk's start to each token, by one warp. Sums are taken in float64 and kept as two
+// floats: their differences then have the digits of the gates between two tokens, whatever came before. A gate below
+// -200 counts as -200, so that -inf gives zeros and no NaN: e^-200 is zero in float32.
+template <int K, bool DELTA>
+SLM_DEVICE void store_gates(const Problem& p, Stage<K, DELTA> stage, const Gates& gates) {
+    const int token = 2 * lane_of_thread();
+    double sums[2] = {};
+    if (p.decays != Decay::none) {
+        constexpr double kLog2E = 1.4426950408889634;
+        const double second = fmaxf(gates.gate[1], -200.f) * kLog2E;
+        double sum = fmaxf(gates.gate[0], -200.f) * kLog2E + second;
+#pragma unroll
+        for (int delta = 1; delta < kWarp; delta *= 2) {
+            const double before = shuffle_up(sum, delta);
+            if (lane_of_thread() >= delta) sum += before;
+        }
+        sums[0] = sum - second, sums[1] = sum;
+    }
+    const float2 high = make_float2(float(sums[0]), float(sums[1]));
+    store(stage.factor(kHigh, token), high);
+    store(stage.factor(kLow, token), make_float2(float(sums[0] - high.x), float(sums[1] - high.y)));
+    if constexpr (DELTA) store(stage.factor(kRate, token), make_float2(gates.rate[0], gates.rate[1]));
+}
 
 template <typename E, int K>
 SLM_DEVICE float sum_of_squares(Tile<K> tile, int row) {
@@ -173,8 +236,8 @@ SLM_DEVICE void make_factors(const Problem& p, Stage<K, DELTA> stage, int thread
 // x [16, 64] of the warp's rows, times the decay from token j to token i, and the norms; zero for j > i, or, if
 // `strict`, for j >= i. Columns behind the warp's last row are left as they are.
 template <int K, bool DELTA>
-SLM_DEVICE void fade(const Problem& p, Stage<K, DELTA> stage, int warp, float (&x)[8][4], const float (&rows)[2],
-                     bool strict) {
+SLM_DEVICE void fade(const Problem& p, Stage<K, DELTA> stage, int warp, float (&x)[8][4],
+                     const float (&rows)[2], bool strict) {
     const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
     float high[2], low[2];
 #pragma unroll
@@ -203,7 +266,8 @@ SLM_DEVICE void fade(const Problem& p, Stage<K, DELTA> stage, int warp, float (&
 
 // den = row sums of M + q z, and then z of the next chunk.
 template <typename E, int K, bool DELTA>
-SLM_DEVICE void normalize(Layout<K, DELTA> memory, Stage<K, DELTA> stage, int thread, const float (&m)[8][4]) {
+SLM_DEVICE void normalize(Layout<K, DELTA> memory, Stage<K, DELTA> stage, int thread,
+                          const float (&m)[8][4]) {
     const int warp = thread / kWarp, g = lane_of_thread() / 4, t = lane_of_thread() % 4;
     sync_some(kAmongMakers, kMakers);  // the factors are there
 #pragma unroll
@@ -332,17 +396,28 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
     }
 }
 
-// The second role: M, Z and the factors of every chunk, one chunk after the other.
+// The first role: brings the chunks to shared memory and makes M, Z and the factors of each.
 template <typename E, int K, bool DELTA>
 SLM_DEVICE void make_chunks(const Problem& p, const Work& work) {
     const Layout<K, DELTA> memory{p.stages};
-    const int thread = int(threadIdx.x) - kLoaders, warp = thread / kWarp, g = lane_of_thread() / 4;
+    const int thread = int(threadIdx.x), warp = warp_of_thread(), g = lane_of_thread() / 4;
     const int64_t place = (work.n * p.H + work.h) * p.K + thread;
     if (p.normalize && thread < K)
         store(memory.normalizer(thread), thread < p.K && p.z0 != nullptr ? load(p.z0 + place) : 0.f);
+    for (int chunk = 0; chunk < p.stages - 1; ++chunk) {
+        if (chunk < work.chunks) load_tokens<E>(p, work, memory.stage(chunk), chunk);
+        commit_copies();
+    }
+    Gates gates;
+    if (warp == 0) gates.load_chunk(p, work, 0);
     for (int chunk = 0, slot = 0; chunk < work.chunks; ++chunk) {
         const Stage<K, DELTA> stage = memory.stage(slot);
-        sync_some(kLoaded + slot, kLoaders + kMakers);
+        if (warp == 0) {
+            store_gates(p, stage, gates);
+            gates.load_chunk(p, work, chunk + 1);  // they arrive while this chunk is made
+        }
+        p.stages == kMaxStages ? wait_copies<kMaxStages - 2>() : wait_copies<0>();
+        sync_some(kAmongMakers, kMakers);
         make_factors<E>(p, stage, thread);
         if (p.l2norm) sync_some(kAmongMakers, kMakers);
 
@@ -366,7 +441,8 @@ SLM_DEVICE void make_chunks(const Problem& p, const Work& work) {
         }
         float norms[2] = {1, 1};
         if (p.l2norm)
-            for (int half = 0; half < 2; ++half) norms[half] = stage.get(kQueryNorm, 16 * warp + g + 8 * half);
+            for (int half = 0; half < 2; ++half)
+                norms[half] = stage.get(kQueryNorm, 16 * warp + g + 8 * half);
         fade(p, stage, warp, m, norms, false);
         const int exponent = exponent_for<E>(m, 13);
         if (std::is_same_v<E, Half> && lane_of_thread() == 0) store(stage.factor(kExponents, warp), exponent);
@@ -389,9 +465,17 @@ SLM_DEVICE void make_chunks(const Problem& p, const Work& work) {
             normalize<E>(memory, stage, thread, m);
         }
         arrive_some(kMade + slot, kMakers + p.states());
+
+        const int next = chunk + p.stages - 1, before = slot == 0 ? p.stages - 1 : slot - 1;  // its slot
+        if (next < work.chunks) {
+            if (chunk > 0) sync_some(kRead + before, kMakers + p.states());
+            load_tokens<E>(p, work, memory.stage(before), next);
+        }
+        commit_copies();
         slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
-    if (p.normalize && work.column == 0 && thread < p.K) store(p.z + place, load<float>(memory.normalizer(thread)));
+    if (p.normalize && work.column == 0 && thread < p.K)
+        store(p.z + place, load<float>(memory.normalizer(thread)));
 }
 
 }  // namespace

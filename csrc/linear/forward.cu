@@ -9,69 +9,6 @@
 namespace slm {
 namespace {
 
-// --- Loaders
-
-// log2 of the decay from the chunk's start to each token, and rates, by one warp with two tokens a lane. Sums are taken
-// in float64 and kept as two floats: their differences then have the digits of the gates between two tokens, whatever
-// came before. A gate below -200 counts as -200, so that -inf gives zeros and no NaN: e^-200 is zero in float32.
-template <int K, bool DELTA>
-SLM_DEVICE void load_gates(const Problem& p, const Work& work, Stage<K, DELTA> stage, int64_t first, int tokens) {
-    const int lane = lane_of_thread();
-    double sums[2];
-    float rates[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        const int token = 2 * lane + n;
-        const int64_t at = (work.b * p.T + first + token) * p.H + work.h;
-        float gate = 0;
-        if (p.decays != Decay::none && token < tokens)
-            gate = fmaxf(load(p.decay + (p.decays == Decay::constant ? work.h : at)), -200.f);
-        sums[n] = double(gate) * 1.4426950408889634;
-        if constexpr (DELTA) rates[n] = token < tokens ? load(p.beta + at) : 0.f;
-    }
-    if (p.decays != Decay::none) {
-        double sum = sums[0] + sums[1];
-#pragma unroll
-        for (int delta = 1; delta < kWarp; delta *= 2) {
-            const double before = shuffle_up(sum, delta);
-            if (lane >= delta) sum += before;
-        }
-        sums[0] = sum - sums[1], sums[1] = sum;
-    }
-    const float2 high = make_float2(float(sums[0]), float(sums[1]));
-    store(stage.factor(kHigh, 2 * lane), high);
-    store(stage.factor(kLow, 2 * lane), make_float2(float(sums[0] - high.x), float(sums[1] - high.y)));
-    if constexpr (DELTA) store(stage.factor(kRate, 2 * lane), make_float2(rates[0], rates[1]));
-}
-
-// The first role: brings the chunks to shared memory.
-template <typename E, int K, bool DELTA>
-SLM_DEVICE void load_chunks(const Problem& p, const Work& work) {
-    const Layout<K, DELTA> memory{p.stages};
-    const int thread = int(threadIdx.x);
-    for (int chunk = 0, slot = 0; chunk < work.chunks; ++chunk) {
-        const Stage<K, DELTA> stage = memory.stage(slot);
-        const int tokens = work.tokens(chunk);
-        const int64_t first = work.begin + int64_t(chunk) * kChunk;
-        if (chunk >= p.stages) sync_some(kRead + slot, kLoaders + p.states());
-        const auto valid = [=](int row) { return row < tokens; };
-        const auto from = [&](const Rows& x, int h, int column) {
-            const E* start = x.at<const E>(work.b, first, h) + column;
-            return [start, stride = x.t](int row) { return start + row * stride; };
-        };
-        const int h = work.h / p.group;
-        copy_rows<K, E>(stage.k(), kChunk, p.K, thread, kLoaders, from(p.k, h, 0), valid);
-        copy_rows<K, E>(stage.q(), kChunk, p.K, thread, kLoaders, from(p.q, h, 0), valid);
-        copy_rows<kSlice, E>(stage.v(), kChunk, min(p.columns, p.V - work.column), thread, kLoaders,
-                             from(p.v, work.h, work.column), valid);
-        commit_copies();
-        if (thread < kWarp) load_gates(p, work, stage, first, tokens);
-        wait_copies<0>();
-        arrive_some(kLoaded + slot, kLoaders + kMakers);
-        slot = slot + 1 == p.stages ? 0 : slot + 1;
-    }
-}
-
 // --- States
 
 // One warp's 16 columns of the state, transposed: results of `multiply` with a row for each of them.
@@ -93,55 +30,45 @@ struct State {
     }
 };
 
-// d [16 (V), 64 (tokens)] += a B, a [16, 16 (k)] and B [16 (k), 64] of a tile's rows of tokens.
+// From S^T k^T, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V), 64 (tokens)],
+// in the same place, times two to an exponent that is returned.
 template <typename E, int K>
-SLM_DEVICE void multiply_tokens(float (&d)[8][4], const uint32_t (&a)[4], Tile<K> tile, int column) {
-    uint32_t b[4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        load_b(b, tile, 16 * m, column);
-        multiply<E>(d[2 * m], a, b[0], b[1]);
-        multiply<E>(d[2 * m + 1], a, b[2], b[3]);
-    }
-}
-
-// u^T [16 (V), 64 (tokens)], times two to an exponent that is returned, from k S in `read`.
-template <typename E, int K>
-SLM_DEVICE int correct(Stage<K, true> stage, int column, float (&read)[8][4], float of_state, float (&u)[8][4]) {
+SLM_DEVICE int correct(Stage<K, true> stage, int column, int of_state, float (&u)[8][4]) {
     const int t = lane_of_thread() % 4;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
+    for (int m = 0; m < 4; ++m) {  // r = v - into (k S)
         uint32_t v[4];
         load_a_transposed(v, stage.v(), 16 * m, column);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const float2 into = stage.template get<float2>(kIntoKey, 16 * m + 8 * n + 2 * t);
-            float(&r)[4] = read[2 * m + n];
-            r[0] = first_of<E>(v[2 * n]) - into.x * of_state * r[0];
-            r[1] = second_of<E>(v[2 * n]) - into.y * of_state * r[1];
-            r[2] = first_of<E>(v[2 * n + 1]) - into.x * of_state * r[2];
-            r[3] = second_of<E>(v[2 * n + 1]) - into.y * of_state * r[3];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float &first = u[2 * m + n][2 * half], &second = u[2 * m + n][2 * half + 1];
+                first = first_of<E>(v[2 * n + half]) - into.x * two_to(-of_state) * first;
+                second = second_of<E>(v[2 * n + half]) - into.y * two_to(-of_state) * second;
+            }
         }
     }
-    const int exponent = exponent_for<E>(read, 7);  // sums of 64 of them stay in range
+    const int exponent = exponent_for<E>(u, 7);  // sums of 64 of them stay in range
+    uint32_t r[4][4];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        const float2 rate = stage.template get<float2>(kRate, 8 * n + 2 * t);
+    for (int m = 0; m < 4; ++m) {  // u = beta r + Z r, the first part in float32
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            read[n][e] *= two_to(exponent);
-            u[n][e] = (e % 2 ? rate.y : rate.x) * read[n][e];
+        for (int e = 0; e < 8; ++e) u[2 * m + e / 4][e % 4] *= two_to(exponent);
+        as_a<E>(r[m], u[2 * m], u[2 * m + 1]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 rate = stage.template get<float2>(kRate, 16 * m + 8 * n + 2 * t);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) u[2 * m + n][e] *= e % 2 ? rate.y : rate.x;
         }
-    }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        uint32_t a[4], b[4];
-        as_a<E>(a, read[2 * j], read[2 * j + 1]);
-#pragma unroll
-        for (int i = j; i < 4; ++i) {
-            load_b_transposed(b, stage.z(), 16 * j, 16 * i);
-            multiply<E>(u[2 * i], a, b[0], b[1]);
-            multiply<E>(u[2 * i + 1], a, b[2], b[3]);
+        for (int j = 0; j <= m; ++j) {
+            uint32_t b[4];
+            load_b_transposed(b, stage.z(), 16 * j, 16 * m);
+            multiply<E>(u[2 * m], r[j], b[0], b[1]);
+            multiply<E>(u[2 * m + 1], r[j], b[2], b[3]);
         }
     }
     return exponent;
@@ -168,12 +95,12 @@ SLM_DEVICE void write_outputs(const Problem& p, const Work& work, Tile<kSlice> t
     }
 }
 
-// The third role: carries 16 columns of the state a warp through the sequence, and writes o.
+// The second role: carries 16 columns of the state a warp through the sequence, and writes o.
 template <typename E, int K, bool DELTA>
 SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
     const Layout<K, DELTA> memory{p.stages};
     const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
-    const int column = (int(threadIdx.x) - kLoaders - kMakers) / kWarp * 16;
+    const int column = (int(threadIdx.x) - kMakers) / kWarp * 16;
     State<K> state = {};
     float(&s)[K / 8][4] = state.s;
     if (p.state0 != nullptr)
@@ -185,7 +112,7 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
         sync_some(kMade + slot, kMakers + p.states());
 
         // What queries, and keys, read of the state: its columns serve as operands as they are.
-        float o[4][2][4] = {}, read[8][4] = {};
+        float o[4][2][4] = {}, u[8][4] = {};
 #pragma unroll
         for (int n = 0; n < K / 16; ++n) {
             uint32_t operand[4], a[4];
@@ -199,26 +126,32 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
                 multiply<E>(o[m][0], a, operand[0], operand[2]);
                 multiply<E>(o[m][1], a, operand[1], operand[3]);
             }
-            if constexpr (DELTA) multiply_tokens<E>(read, operand, stage.k(), 16 * n);
+            if constexpr (DELTA) {
+#pragma unroll
+                for (int m = 0; m < 4; ++m) {
+                    load_b(a, stage.k(), 16 * m, 16 * n);
+                    multiply<E>(u[2 * m], operand, a[0], a[1]);
+                    multiply<E>(u[2 * m + 1], operand, a[2], a[3]);
+                }
+            }
         }
 
         // What the tokens write, u^T: v, or what the delta rule makes of it. And the same as the chunk's end keeps it.
-        uint32_t u[4][4], writes[4][4];
-        float corrected[8][4];
-        if constexpr (DELTA) of_u = correct<E>(stage, column, read, two_to(-of_state), corrected);
+        uint32_t values[4][4], writes[4][4];
+        if constexpr (DELTA) of_u = correct<E>(stage, column, of_state, u);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
             if constexpr (DELTA)
-                as_a<E>(u[m], corrected[2 * m], corrected[2 * m + 1]);
+                as_a<E>(values[m], u[2 * m], u[2 * m + 1]);
             else
-                load_a_transposed(u[m], stage.v(), 16 * m, column);
+                load_a_transposed(values[m], stage.v(), 16 * m, column);
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
-                float first = first_of<E>(u[m][n]), second = second_of<E>(u[m][n]);
+                float first = first_of<E>(values[m][n]), second = second_of<E>(values[m][n]);
                 if constexpr (DELTA) {
-                    first = corrected[2 * m + n / 2][n % 2 * 2];
-                    second = corrected[2 * m + n / 2][n % 2 * 2 + 1];
+                    first = u[2 * m + n / 2][n % 2 * 2];
+                    second = u[2 * m + n / 2][n % 2 * 2 + 1];
                 }
                 writes[m][n] = pack<E>(out_of.x * first, out_of.y * second);
             }
@@ -242,8 +175,8 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
             for (int j = 0; j <= m; ++j) {
                 uint32_t a[4];
                 load_a(a, stage.m(), 16 * m, 16 * j);
-                multiply<E>(o[m][0], a, u[j][0], u[j][2]);
-                multiply<E>(o[m][1], a, u[j][1], u[j][3]);
+                multiply<E>(o[m][0], a, values[j][0], values[j][2]);
+                multiply<E>(o[m][1], a, values[j][1], values[j][3]);
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n)
@@ -270,7 +203,7 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
                 x = x * total + added[e / 4][e % 4] * two_to(-of_u);
             }
         }
-        if (chunk + p.stages < work.chunks) arrive_some(kRead + slot, kLoaders + p.states());
+        if (chunk + p.stages < work.chunks) arrive_some(kRead + slot, kMakers + p.states());
         slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
     state.each(p, work, work.column + column, [&](float& x, int64_t at) { store(p.state + at, x); });
@@ -280,10 +213,7 @@ template <typename E, int K, bool DELTA>
 SLM_KERNEL(kMaxThreads, 1)
 forward_kernel(const __grid_constant__ Problem p) {
     const Work work(p);
-    const int thread = int(threadIdx.x);
-    if (thread < kLoaders)
-        load_chunks<E, K, DELTA>(p, work);
-    else if (thread < kLoaders + kMakers)
+    if (int(threadIdx.x) < kMakers)
         make_chunks<E, K, DELTA>(p, work);
     else
         carry_state<E, K, DELTA>(p, work);
@@ -295,11 +225,12 @@ template <typename E, int K, bool DELTA>
 void launch_kernel(const Device& device, Problem& p, int64_t blocks) {
     const auto bytes = [](int stages) { return Layout<K, DELTA>::bytes(stages); };
     p.stages = bytes(kMaxStages) <= device.shared_limit() ? kMaxStages : kMaxStages - 1;
-    STD_TORCH_CHECK(bytes(p.stages) <= device.shared_limit(), "linear_attention_forward needs ", bytes(p.stages),
-                    " bytes of shared memory, the device has ", device.shared_limit());
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many sequences and heads: ", blocks, " blocks");
-    device.launch(forward_kernel<E, K, DELTA>, dim3(unsigned(blocks)), kLoaders + kMakers + p.states(),
-                  bytes(p.stages), p);
+    STD_TORCH_CHECK(bytes(p.stages) <= device.shared_limit(), "linear_attention_forward needs ",
+                    bytes(p.stages), " bytes of shared memory, the device has ", device.shared_limit());
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many sequences and heads: ", blocks,
+                    " blocks");
+    device.launch(forward_kernel<E, K, DELTA>, dim3(unsigned(blocks)), kMakers + p.states(), bytes(p.stages),
+                  p);
 }
 
 template <typename E>
@@ -341,16 +272,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
     if (initial_state.has_value())
         states = statistics(*initial_state, Sizes{N, H, K, V}, ScalarType::Float, "initial_state");
     if (initial_normalizer.has_value())
-        normalizers = statistics(*initial_normalizer, Sizes{N, H, K}, ScalarType::Float, "initial_normalizer");
+        normalizers =
+            statistics(*initial_normalizer, Sizes{N, H, K}, ScalarType::Float, "initial_normalizer");
     const Tensor o = torch::stable::new_empty(q, {B, T, H, V});
     const Tensor state = torch::stable::new_empty(q, {N, H, K, V}, ScalarType::Float);
     const Tensor none = torch::stable::new_empty(q, {0}, ScalarType::Float);
     const Tensor z = normalize ? torch::stable::new_empty(q, {N, H, K}, ScalarType::Float) : none;
 
-    const auto rows = [](const Tensor& x) { return Rows{pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)}; };
+    const auto rows = [](const Tensor& x) {
+        return Rows{pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)};
+    };
     const auto numbers = [](const Optional& x) { return x.has_value() ? pointer<const float>(*x) : nullptr; };
     p.q = rows(queries), p.k = rows(keys), p.v = rows(values), p.o = rows(o);
-    p.decay = numbers(gates), p.beta = numbers(rates), p.state0 = numbers(states), p.z0 = numbers(normalizers);
+    p.decay = numbers(gates), p.beta = numbers(rates), p.state0 = numbers(states),
+    p.z0 = numbers(normalizers);
     p.state = pointer<float>(state), p.z = pointer<float>(z);
     p.cu = cu.has_value() ? pointer<const int>(*cu) : nullptr;
     p.T = T, p.H = int(H), p.group = int(H / Hk), p.K = int(K), p.V = int(V);

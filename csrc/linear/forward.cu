@@ -136,8 +136,8 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
             }
         }
 
-        // What the tokens write, u^T: v, or what the delta rule makes of it. And the same as the chunk's end keeps it.
-        uint32_t values[4][4], writes[4][4];
+        // What the tokens write, u^T: v, or what the delta rule makes of it.
+        uint32_t values[4][4];
         if constexpr (DELTA) of_u = correct<E>(stage, column, of_state, u);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
@@ -145,16 +145,6 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
                 as_a<E>(values[m], u[2 * m], u[2 * m + 1]);
             else
                 load_a_transposed(values[m], stage.v(), 16 * m, column);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
-                float first = first_of<E>(values[m][n]), second = second_of<E>(values[m][n]);
-                if constexpr (DELTA) {
-                    first = u[2 * m + n / 2][n % 2 * 2];
-                    second = u[2 * m + n / 2][n % 2 * 2 + 1];
-                }
-                writes[m][n] = pack<E>(out_of.x * first, out_of.y * second);
-            }
         }
 
         // o = finish (into (q S) + M u)
@@ -185,8 +175,17 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
         }
         write_outputs<E>(p, work, stage.v(), column, chunk, o);
 
-        // S = total S + what was written. The chunk's sum is taken apart: tensor cores cut what they add to.
+        // S = total S + what was written, as the chunk's end keeps it. The chunk's sum is taken apart: tensor cores
+        // cut what they add to.
         const float total = stage.get(kTotal);
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
+                values[m][n] =
+                    pack<E>(out_of.x * first_of<E>(values[m][n]), out_of.y * second_of<E>(values[m][n]));
+            }
 #pragma unroll
         for (int n = 0; n < K / 16; ++n) {
             float added[2][4] = {};
@@ -194,8 +193,8 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
             for (int m = 0; m < 4; ++m) {
                 uint32_t b[4];
                 load_b_transposed(b, stage.k(), 16 * m, 16 * n);
-                multiply<E>(added[0], writes[m], b[0], b[1]);
-                multiply<E>(added[1], writes[m], b[2], b[3]);
+                multiply<E>(added[0], values[m], b[0], b[1]);
+                multiply<E>(added[1], values[m], b[2], b[3]);
             }
 #pragma unroll
             for (int e = 0; e < 8; ++e) {

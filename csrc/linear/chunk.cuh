@@ -3,6 +3,7 @@
 // The maths and the roles of the warps stand in forward.cu.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "../common/rows.h"
@@ -99,20 +100,23 @@ struct Stage {
     }
 };
 
-// Behind the stages: the normaliser [K], and with beta the triangle I + L and its inverse.
+// Behind the stages: the normaliser [K], and with beta the lower triangle I + L and its inverse.
 template <int K, bool DELTA>
 struct Layout {
-    static constexpr int kRow =
-        kChunk + 8;  // floats: rows of eight lanes' float2 then lie in different banks
+    // Where the 16 rows of a block row begin, in floats; each has its columns and 8 more, so that the float2s of
+    // eight lanes in different rows lie in different banks.
+    static constexpr int first_of_block(int block) { return 128 * block * (block + 2); }
     static constexpr int bytes(int stages) {
-        return stages * Stage<K, DELTA>::kBytes + K * 4 + (DELTA ? kChunk * kRow * 4 : 0);
+        return stages * Stage<K, DELTA>::kBytes + (K + (DELTA ? first_of_block(kChunk / 16) : 0)) * 4;
     }
     int stages;
     SLM_DEVICE Stage<K, DELTA> stage(int slot) const {
         return {shared_memory() + Shared(slot * Stage<K, DELTA>::kBytes)};
     }
     SLM_DEVICE Shared normalizer(int k) const { return stage(stages).base + Shared(k * 4); }
-    SLM_DEVICE Shared triangle(int i, int j) const { return normalizer(K) + Shared((i * kRow + j) * 4); }
+    SLM_DEVICE Shared triangle(int block, int row, int j) const {
+        return normalizer(K) + Shared((first_of_block(block) + row * (16 * block + 24) + j) * 4);
+    }
 };
 
 // --- Powers of two for float16. A state, q k or what the delta rule writes may leave its range, and digits are lost
@@ -121,6 +125,8 @@ struct Layout {
 
 SLM_DEVICE float two_to(int exponent) { return as_float(uint32_t(127 + exponent) << 23); }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 template <typename E, int N>
 SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
     if constexpr (std::is_same_v<E, Half>) {
@@ -128,7 +134,8 @@ SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(x[n][e]));
+            for (int e = 0; e < 4; ++e)  // an infinity is none that could be brought near
+                largest = fmaxf(largest, fabsf(x[n][e]) < kInfinity ? fabsf(x[n][e]) : 0.f);
 #pragma unroll
         for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
         return min(max(target + 127 - int(as_bits(largest) >> 23), -30),
@@ -312,8 +319,8 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
 #pragma unroll
     for (int n = 0; n < 8; ++n)
         if (n < 2 * warp + 2) {
-            store(memory.triangle(first + g, 8 * n + 2 * t), make_float2(l[n][0], l[n][1]));
-            store(memory.triangle(first + g + 8, 8 * n + 2 * t), make_float2(l[n][2], l[n][3]));
+            store(memory.triangle(warp, g, 8 * n + 2 * t), make_float2(l[n][0], l[n][1]));
+            store(memory.triangle(warp, g + 8, 8 * n + 2 * t), make_float2(l[n][2], l[n][3]));
         }
     sync_warp();
     const int c = lane % 16;
@@ -323,7 +330,7 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < i; j += 4) {
-            const float4 row = load<float4>(memory.triangle(first + i, first + j));
+            const float4 row = load<float4>(memory.triangle(warp, i, first + j));
             sum += row.x * x[j];
             if (j + 1 < i) sum += row.y * x[j + 1];
             if (j + 2 < i) sum += row.z * x[j + 2];
@@ -341,7 +348,7 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
         store(stage.z().piece(first + c, 2 * warp), make_uint4(z[0], z[1], z[2], z[3]));
         store(stage.z().piece(first + c, 2 * warp + 1), make_uint4(z[4], z[5], z[6], z[7]));
 #pragma unroll
-        for (int i = 0; i < 16; ++i) store(memory.triangle(first + i, first + c), x[i]);
+        for (int i = 0; i < 16; ++i) store(memory.triangle(warp, i, first + c), x[i]);
     }
     sync_some(kAmongMakers, kMakers);
 
@@ -358,7 +365,7 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
         for (int s = 0; s < 2; ++s)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const float2 b = load<float2>(memory.triangle(16 * i + 8 * n + g, 16 * m + 8 * s + 2 * t));
+                const float2 b = load<float2>(memory.triangle(i, 8 * n + g, 16 * m + 8 * s + 2 * t));
                 multiply_tf32(d[n], a[s], as_tf32(b.x), as_tf32(b.y));
             }
     };
@@ -368,7 +375,7 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
     for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            d[s][e] = load<float>(memory.triangle(first + 8 * s + 2 * t + e % 2, first + g + e / 2 * 8));
+            d[s][e] = load<float>(memory.triangle(warp, 8 * s + 2 * t + e % 2, first + g + e / 2 * 8));
     as_operand(column[0], d);
     const float rates[2] = {stage.get(kRate, first + g), stage.get(kRate, first + g + 8)};
 #pragma unroll

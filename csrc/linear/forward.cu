@@ -220,6 +220,10 @@ forward_kernel(const __grid_constant__ Problem p) {
 
 // --- The host's side
 
+// Of what two stages take, function.py asks of a GPU.
+static_assert(Layout<64, false>::bytes(2) <= 70 << 10 && Layout<64, true>::bytes(2) <= 98 << 10);
+static_assert(Layout<128, false>::bytes(2) <= 102 << 10 && Layout<128, true>::bytes(2) <= 130 << 10);
+
 template <typename E, int K, bool DELTA>
 void launch_kernel(const Device& device, Problem& p, int64_t blocks) {
     const auto bytes = [](int stages) { return Layout<K, DELTA>::bytes(stages); };

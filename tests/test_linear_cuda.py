@@ -189,15 +189,16 @@ def test_digits_beside_a_strong_gate():
 @pytest.mark.parametrize("row", ["delta", "gated delta"])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_rates(row, dtype, beta):
-    ours = check(row, dtype, T=70, H=1, K=16, V=16, states=True, beta=beta)
+    case = {"T": 70, "H": 1, "K": 16, "V": 16, "states": True, "beta": beta}
+    ours = check(row, dtype, **case)
     if beta == 0.0 and row == "delta":
-        leaves, _ = leaves_of(row, dtype, T=70, H=1, K=16, V=16, states=True)
+        leaves, _ = leaves_of(row, dtype, **case)
         assert torch.equal(ours["state"], leaves["state"])
 
 
 @every_dtype
 def test_keys_that_repeat(dtype):
-    """The worst triangle: all keys the same, rates of 1. Each token takes back what the one before wrote."""
+    """All keys the same, rates of 1: each token takes back what the one before wrote, rounding and all."""
 
     def change(tensors):
         tensors["k"][:] = tensors["k"][:, :1]

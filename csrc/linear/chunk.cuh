@@ -77,7 +77,7 @@ enum Factor : int {
     kFactors,
 };
 
-// A stage: one chunk's q, k, v (later o), M, Z^T, factors.
+// A stage: one chunk's q, k, v (later o), M, Z, factors.
 template <int K, bool DELTA>
 struct Stage {
     static constexpr int kKeys = Tile<K>::bytes(kChunk), kSquare = Tile<kChunk>::bytes(kChunk);
@@ -100,23 +100,20 @@ struct Stage {
     }
 };
 
-// Behind the stages: the normaliser [K], and with beta the lower triangle I + L and its inverse.
+// Behind the stages: the normaliser [K], and with beta the blocks of L on the diagonal, one a maker.
 template <int K, bool DELTA>
 struct Layout {
-    // Where the 16 rows of a block row begin, in floats; each has its columns and 8 more, so that the float2s of
-    // eight lanes in different rows lie in different banks.
-    static constexpr int first_of_block(int block) { return 128 * block * (block + 2); }
+    static constexpr int kRow =
+        24;  // floats: the float2s of lanes in neighbouring rows lie in different banks
     static constexpr int bytes(int stages) {
-        return stages * Stage<K, DELTA>::kBytes + (K + (DELTA ? first_of_block(kChunk / 16) : 0)) * 4;
+        return stages * Stage<K, DELTA>::kBytes + (K + (DELTA ? kChunk * kRow : 0)) * 4;
     }
     int stages;
     SLM_DEVICE Stage<K, DELTA> stage(int slot) const {
         return {shared_memory() + Shared(slot * Stage<K, DELTA>::kBytes)};
     }
     SLM_DEVICE Shared normalizer(int k) const { return stage(stages).base + Shared(k * 4); }
-    SLM_DEVICE Shared triangle(int block, int row, int j) const {
-        return normalizer(K) + Shared((first_of_block(block) + row * (16 * block + 24) + j) * 4);
-    }
+    SLM_DEVICE Shared diagonal(int i, int j) const { return normalizer(K) + Shared((i * kRow + j) * 4); }
 };
 
 // --- Powers of two for float16. A state, q k or what the delta rule writes may leave its range, and digits are lost
@@ -307,21 +304,22 @@ SLM_DEVICE void normalize(Layout<K, DELTA> memory, Stage<K, DELTA> stage, int th
     }
 }
 
-// Z^T out of L = beta N: with X = (I + L)^-1, Z = (X - I) beta, strictly lower triangular.
-//
-// Each warp inverts its block of 16 on the diagonal by forward substitution in float32, a column a lane, and leaves it
-// in L's place. Then it goes down its block column, X_ij = -X_ii (sum over j <= m < i of L_im X_mj), on tensor cores
-// in tf32: as X_mj^T, whose results are operands again if columns are numbered 0, 2, 4, 6, 1, 3, 5, 7 within eight, in
-// both factors. No warp waits for another's products.
+// Z out of L = beta N. Below the diagonal blocks of 16, -L. On the diagonal the inverse of I + L, less I, transposed: by
+// forward substitution in float32, a block a warp and a column a lane.
 template <typename E, int K>
 SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, const float (&l)[8][4]) {
     const int lane = lane_of_thread(), g = lane / 4, t = lane % 4, first = 16 * warp;
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
-        if (n < 2 * warp + 2) {
-            store(memory.triangle(warp, g, 8 * n + 2 * t), make_float2(l[n][0], l[n][1]));
-            store(memory.triangle(warp, g + 8, 8 * n + 2 * t), make_float2(l[n][2], l[n][3]));
+    for (int n = 0; n < 8; ++n) {
+        if (n < 2 * warp) {
+            const float minus[4] = {-l[n][0], -l[n][1], -l[n][2], -l[n][3]};
+            store_d<E>(stage.z(), first, 8 * n, minus);
+        } else if (n < 2 * warp + 2) {
+            const int column = 8 * (n - 2 * warp) + 2 * t;
+            store(memory.diagonal(first + g, column), make_float2(l[n][0], l[n][1]));
+            store(memory.diagonal(first + g + 8, column), make_float2(l[n][2], l[n][3]));
         }
+    }
     sync_warp();
     const int c = lane % 16;
     float x[16];
@@ -330,7 +328,7 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < i; j += 4) {
-            const float4 row = load<float4>(memory.triangle(warp, i, first + j));
+            const float4 row = load<float4>(memory.diagonal(first + i, j));
             sum += row.x * x[j];
             if (j + 1 < i) sum += row.y * x[j + 1];
             if (j + 2 < i) sum += row.z * x[j + 2];
@@ -338,69 +336,14 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
         }
         x[i] = i > c ? -sum : i == c ? 1.f : 0.f;
     }
-    sync_warp();
     if (lane < 16) {
-        const float rate = stage.get(kRate, first + c);
         uint32_t z[8];
 #pragma unroll
-        for (int i = 0; i < 16; i += 2)
-            z[i / 2] = pack<E>(i > c ? rate * x[i] : 0.f, i + 1 > c ? rate * x[i + 1] : 0.f);
+        for (int i = 0; i < 16; i += 2) z[i / 2] = pack<E>(i > c ? x[i] : 0.f, i + 1 > c ? x[i + 1] : 0.f);
         store(stage.z().piece(first + c, 2 * warp), make_uint4(z[0], z[1], z[2], z[3]));
         store(stage.z().piece(first + c, 2 * warp + 1), make_uint4(z[4], z[5], z[6], z[7]));
-#pragma unroll
-        for (int i = 0; i < 16; ++i) store(memory.triangle(warp, i, first + c), x[i]);
     }
-    sync_some(kAmongMakers, kMakers);
-
-    const auto as_operand = [](uint32_t(&a)[2][4], const float(&d)[2][4]) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-            a[s][0] = as_tf32(d[s][0]), a[s][1] = as_tf32(d[s][2]);
-            a[s][2] = as_tf32(d[s][1]), a[s][3] = as_tf32(d[s][3]);
-        }
-    };
-    // d += a B^T, B a block of 16 of the triangle
-    const auto multiply_block = [&](float(&d)[2][4], const uint32_t(&a)[2][4], int i, int m) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const float2 b = load<float2>(memory.triangle(i, 8 * n + g, 16 * m + 8 * s + 2 * t));
-                multiply_tf32(d[n], a[s], as_tf32(b.x), as_tf32(b.y));
-            }
-    };
-    uint32_t column[3][2][4];  // X_mj^T for m = j, j + 1, j + 2
-    float d[2][4];
-#pragma unroll
-    for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            d[s][e] = load<float>(memory.triangle(warp, 8 * s + 2 * t + e % 2, first + g + e / 2 * 8));
-    as_operand(column[0], d);
-    const float rates[2] = {stage.get(kRate, first + g), stage.get(kRate, first + g + 8)};
-#pragma unroll
-    for (int below = 1; below < 4; ++below) {
-        const int i = warp + below;
-        if (i >= 4) break;
-        float sum[2][4] = {}, product[2][4] = {};
-#pragma unroll
-        for (int m = 0; m < below; ++m) multiply_block(sum, column[m], i, warp + m);
-        uint32_t operand[2][4];
-        as_operand(operand, sum);
-        multiply_block(product, operand, i, i);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) product[n][e] = -product[n][e];
-        }
-        if (below < 3) as_operand(column[below < 3 ? below : 0], product);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) product[n][e] *= rates[e / 2];
-            store_d<E>(stage.z(), first, 16 * i + 8 * n, product[n]);
-        }
-    }
+    sync_warp();  // the next chunk's L comes to the same place
 }
 
 // The first role: brings the chunks to shared memory and makes M, Z and the factors of each.

@@ -30,46 +30,47 @@ struct State {
     }
 };
 
-// From S^T k^T, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V), 64 (tokens)],
-// in the same place, times two to an exponent that is returned.
+// From S^T k^T in `u`, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V), 64], as
+// operands, times two to an exponent that is returned. Blocks of 16 tokens in turn, each from those before it as
+// they were rounded: the rule takes back an error as it takes back a value, and rounding does not add up.
 template <typename E, int K>
-SLM_DEVICE int correct(Stage<K, true> stage, int column, int of_state, float (&u)[8][4]) {
+SLM_DEVICE int correct(Stage<K, true> stage, int column, int of_state, float (&u)[8][4],
+                       uint32_t (&values)[4][4]) {
     const int t = lane_of_thread() % 4;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {  // r = v - into (k S)
+    for (int m = 0; m < 4; ++m) {  // beta (v - into (k S))
         uint32_t v[4];
         load_a_transposed(v, stage.v(), 16 * m, column);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            const float2 into = stage.template get<float2>(kIntoKey, 16 * m + 8 * n + 2 * t);
+            const int token = 16 * m + 8 * n + 2 * t;
+            const float2 into = stage.template get<float2>(kIntoKey, token);
+            const float2 rate = stage.template get<float2>(kRate, token);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float &first = u[2 * m + n][2 * half], &second = u[2 * m + n][2 * half + 1];
-                first = first_of<E>(v[2 * n + half]) - into.x * two_to(-of_state) * first;
-                second = second_of<E>(v[2 * n + half]) - into.y * two_to(-of_state) * second;
+                first = rate.x * (first_of<E>(v[2 * n + half]) - into.x * two_to(-of_state) * first);
+                second = rate.y * (second_of<E>(v[2 * n + half]) - into.y * two_to(-of_state) * second);
             }
         }
     }
     const int exponent = exponent_for<E>(u, 7);  // sums of 64 of them stay in range
-    uint32_t r[4][4];
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {  // u = beta r + Z r, the first part in float32
+    for (int m = 0; m < 4; ++m) {
+        uint32_t b[4], w[4];
 #pragma unroll
         for (int e = 0; e < 8; ++e) u[2 * m + e / 4][e % 4] *= two_to(exponent);
-        as_a<E>(r[m], u[2 * m], u[2 * m + 1]);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            const float2 rate = stage.template get<float2>(kRate, 16 * m + 8 * n + 2 * t);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) u[2 * m + n][e] *= e % 2 ? rate.y : rate.x;
+        for (int j = 0; j < m; ++j) {
+            load_b(b, stage.z(), 16 * m, 16 * j);
+            multiply<E>(u[2 * m], values[j], b[0], b[1]);
+            multiply<E>(u[2 * m + 1], values[j], b[2], b[3]);
         }
-#pragma unroll
-        for (int j = 0; j <= m; ++j) {
-            uint32_t b[4];
-            load_b_transposed(b, stage.z(), 16 * j, 16 * m);
-            multiply<E>(u[2 * m], r[j], b[0], b[1]);
-            multiply<E>(u[2 * m + 1], r[j], b[2], b[3]);
-        }
+        as_a<E>(w, u[2 * m], u[2 * m + 1]);
+        load_b_transposed(b, stage.z(), 16 * m, 16 * m);
+        multiply<E>(u[2 * m], w, b[0], b[1]);
+        multiply<E>(u[2 * m + 1], w, b[2], b[3]);
+        as_a<E>(values[m], u[2 * m], u[2 * m + 1]);
     }
     return exponent;
 }
@@ -138,13 +139,11 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
 
         // What the tokens write, u^T: v, or what the delta rule makes of it.
         uint32_t values[4][4];
-        if constexpr (DELTA) of_u = correct<E>(stage, column, of_state, u);
+        if constexpr (DELTA) {
+            of_u = correct<E>(stage, column, of_state, u, values);
+        } else {
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            if constexpr (DELTA)
-                as_a<E>(values[m], u[2 * m], u[2 * m + 1]);
-            else
-                load_a_transposed(values[m], stage.v(), 16 * m, column);
+            for (int m = 0; m < 4; ++m) load_a_transposed(values[m], stage.v(), 16 * m, column);
         }
 
         // o = finish (into (q S) + M u)
@@ -221,8 +220,8 @@ forward_kernel(const __grid_constant__ Problem p) {
 // --- The host's side
 
 // Of what two stages take, function.py asks of a GPU.
-static_assert(Layout<64, false>::bytes(2) <= 70 << 10 && Layout<64, true>::bytes(2) <= 98 << 10);
-static_assert(Layout<128, false>::bytes(2) <= 102 << 10 && Layout<128, true>::bytes(2) <= 130 << 10);
+static_assert(Layout<64, false>::bytes(2) <= 70 << 10 && Layout<64, true>::bytes(2) <= 92 << 10);
+static_assert(Layout<128, false>::bytes(2) <= 102 << 10 && Layout<128, true>::bytes(2) <= 124 << 10);
 
 template <typename E, int K, bool DELTA>
 void launch_kernel(const Device& device, Problem& p, int64_t blocks) {

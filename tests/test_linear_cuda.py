@@ -240,15 +240,17 @@ def test_beyond_the_range_of_float16(row):
             assert (ours[name] - x).abs().max() < 3e-3 * x.abs().max(), (change.__name__, name)
 
 
-def test_spoilt_tokens_reach_no_earlier_chunk():
-    leaves, options = leaves_of("gated delta", torch.bfloat16, T=130, H=1, K=16, V=16)
-    clean = results(cuda, leaves, options)
+@every_dtype
+@every_row
+def test_spoilt_tokens_reach_no_earlier_one(row, dtype):
+    leaves, options = leaves_of(row, dtype, T=130, H=1, K=16, V=16)
+    clean = results(cuda, leaves, options)["o"]
     for name, value in itertools.product("qkv", (torch.nan, torch.inf)):
         spoilt = {**leaves, name: leaves[name].clone()}
-        spoilt[name][:, 80] = value
-        got = results(cuda, spoilt, options)
-        assert torch.equal(got["o"][:, :64], clean["o"][:, :64])
-        assert not got["o"][:, 80].isfinite().all()
+        spoilt[name][:, 85] = value
+        got = results(cuda, spoilt, options)["o"]
+        assert torch.equal(got[:, :85], clean[:, :85]), (name, value)
+        assert not got[:, 85].isfinite().any(), (name, value)
 
 
 # --- memory, determinism

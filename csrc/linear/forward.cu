@@ -30,6 +30,38 @@ struct State {
     }
 };
 
+// d += the product of 16 tokens `x` and a triangle, which `multiply` makes. The triangle's zeros must not meet what is
+// not finite: 0 NaN is NaN, and would reach earlier tokens. Such numbers are multiplied apart, a token at a time, and
+// added where `reached`(token, n, e) says.
+template <typename E, typename Multiply, typename Reached>
+SLM_DEVICE void multiply_triangle(float (&d)[2][4], const uint32_t (&x)[4], Multiply multiply,
+                                  Reached reached) {
+    constexpr uint32_t kExponent = std::is_same_v<E, Half> ? 0x7c00 : 0x7f80;
+    uint32_t finite[4], rest[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        const uint32_t low = (x[n] & kExponent) == kExponent ? 0xffffu : 0u;
+        const uint32_t high = (x[n] >> 16 & kExponent) == kExponent ? 0xffff0000u : 0u;
+        rest[n] = x[n] & (low | high), finite[n] = x[n] & ~(low | high);
+    }
+    multiply(d, finite);
+    if (ballot((rest[0] | rest[1] | rest[2] | rest[3]) != 0) == 0) return;
+#pragma unroll 1
+    for (int token = 0; token < 16; ++token) {
+        const int half = token % 8 - 2 * (lane_of_thread() % 4);  // of a pair that this lane has, if 0 or 1
+        const uint32_t mask = half == 0 ? 0xffffu : half == 1 ? 0xffff0000u : 0u;
+        const uint32_t low = token < 8 ? mask : 0, high = token < 8 ? 0 : mask;
+        const uint32_t one[4] = {rest[0] & low, rest[1] & low, rest[2] & high, rest[3] & high};
+        float of_one[2][4] = {};
+        multiply(of_one, one);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (reached(token, n, e)) d[n][e] += of_one[n][e];
+    }
+}
+
 // From S^T k^T in `u`, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V), 64], as
 // operands, times two to an exponent that is returned. Blocks of 16 tokens in turn, each from those before it as
 // they were rounded: the rule takes back an error as it takes back a value, and rounding does not add up.
@@ -68,8 +100,16 @@ SLM_DEVICE int correct(Stage<K, true> stage, int column, int of_state, float (&u
         }
         as_a<E>(w, u[2 * m], u[2 * m + 1]);
         load_b_transposed(b, stage.z(), 16 * m, 16 * m);
-        multiply<E>(u[2 * m], w, b[0], b[1]);
-        multiply<E>(u[2 * m + 1], w, b[2], b[3]);
+        float more[2][4] = {};
+        multiply_triangle<E>(
+            more, w,
+            [&](float(&d)[2][4], const uint32_t(&x)[4]) {
+                multiply<E>(d[0], x, b[0], b[1]);
+                multiply<E>(d[1], x, b[2], b[3]);
+            },
+            [=](int token, int n, int e) { return 8 * n + 2 * t + e % 2 > token; });
+#pragma unroll
+        for (int e = 0; e < 8; ++e) u[2 * m + e / 4][e % 4] += more[e / 4][e % 4];
         as_a<E>(values[m], u[2 * m], u[2 * m + 1]);
     }
     return exponent;
@@ -164,8 +204,15 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
             for (int j = 0; j <= m; ++j) {
                 uint32_t a[4];
                 load_a(a, stage.m(), 16 * m, 16 * j);
-                multiply<E>(o[m][0], a, values[j][0], values[j][2]);
-                multiply<E>(o[m][1], a, values[j][1], values[j][3]);
+                const auto multiply_by = [&](float(&d)[2][4], const uint32_t(&x)[4]) {
+                    multiply<E>(d[0], a, x[0], x[2]);
+                    multiply<E>(d[1], a, x[1], x[3]);
+                };
+                if (j < m)
+                    multiply_by(o[m], values[j]);
+                else
+                    multiply_triangle<E>(o[m], values[j], multiply_by,
+                                         [=](int token, int, int e) { return g + e / 2 * 8 >= token; });
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n)

@@ -116,10 +116,11 @@ struct Layout {
     SLM_DEVICE Shared diagonal(int i, int j) const { return normalizer(K) + Shared((i * kRow + j) * 4); }
 };
 
-// --- Powers of two for float16. A state, q k or what the delta rule writes may leave its range, and digits are lost
-// near its lower end: operands are stored times a power of two that brings the largest of them near 2^target.
-// bfloat16 has the range of float; its exponents are 0, known to the compiler.
+// --- Powers of two for float16
 
+// A state, q k or what the delta rule writes may leave its range, and digits are lost near its lower end:
+// operands are stored times a power of two that brings the largest of them near 2^target. bfloat16 has the
+// range of float; its exponents are 0, known to the compiler.
 SLM_DEVICE float two_to(int exponent) { return as_float(uint32_t(127 + exponent) << 23); }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -177,9 +178,9 @@ struct Gates {
     }
 };
 
-// log2 of the decay from the chunk's start to each token, by one warp. Sums are taken in float64 and kept as two
-// floats: their differences then have the digits of the gates between two tokens, whatever came before. A gate below
-// -200 counts as -200, so that -inf gives zeros and no NaN: e^-200 is zero in float32.
+// log2 of the decay from the chunk's start to each token, by one warp. Sums are taken in float64 and kept as
+// two floats: their differences then have the digits of the gates between two tokens, whatever came before. A
+// gate below -200 counts as -200, so that -inf gives zeros and no NaN: e^-200 is zero in float32.
 template <int K, bool DELTA>
 SLM_DEVICE void store_gates(const Problem& p, Stage<K, DELTA> stage, const Gates& gates) {
     const int token = 2 * lane_of_thread();
@@ -237,8 +238,8 @@ SLM_DEVICE void make_factors(const Problem& p, Stage<K, DELTA> stage, int thread
     if (thread == 0) store(stage.factor(kTotal), exp2(last_high + last_low));
 }
 
-// x [16, 64] of the warp's rows, times the decay from token j to token i, and the norms; zero for j > i, or, if
-// `strict`, for j >= i. Columns behind the warp's last row are left as they are.
+// x [16, 64] of the warp's rows, times the decay from token j to token i, and the norms; zero for j > i, or,
+// if `strict`, for j >= i. Columns behind the warp's last row are left as they are.
 template <int K, bool DELTA>
 SLM_DEVICE void fade(const Problem& p, Stage<K, DELTA> stage, int warp, float (&x)[8][4],
                      const float (&rows)[2], bool strict) {
@@ -304,8 +305,8 @@ SLM_DEVICE void normalize(Layout<K, DELTA> memory, Stage<K, DELTA> stage, int th
     }
 }
 
-// Z out of L = beta N. Below the diagonal blocks of 16, -L. On the diagonal the inverse of I + L, less I, transposed: by
-// forward substitution in float32, a block a warp and a column a lane.
+// Z out of L = beta N. Below the diagonal blocks of 16, -L. On the diagonal the inverse of I + L, less I,
+// transposed: by forward substitution in float32, a block a warp and a column a lane.
 template <typename E, int K>
 SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, const float (&l)[8][4]) {
     const int lane = lane_of_thread(), g = lane / 4, t = lane % 4, first = 16 * warp;

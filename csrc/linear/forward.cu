@@ -1,4 +1,56 @@
-// STORY
+// Linear attention, forward, on tensor cores of sm_80 and later: one launch, nothing between it and the
+// results in global memory, the state in registers from the first token to the last.
+//
+// Maths, one head and one chunk of 64 tokens, S the state [K, V] before it; pair_ij, into_i, out_of_j, total
+// are exp of the sum of the gates from token j to i, from the chunk's start to i, from j to its end, from
+// start to end; with l2norm the factors of 1 / |q|, 1 / |k| go into them, so that tiles stay as they came:
+//
+//     M_ij = q_i k_j pair_ij, j <= i          L_ij = beta_i k_i k_j pair_ij, j < i
+//     u = v                                   without beta
+//     u = (I + L)^-1 beta (v - into k S)      with beta: the UT transform (Yang et al. 2024, DeltaNet, 3.2)
+//     o = finish (into q S + M u)             S = total S + (out_of k)^T u
+//     finish = scale or, with `normalize`, 1 / (sum_j M_ij + into_i q_i z + 1e-6)
+//     z = total z + sum_j out_of_j k_j
+//
+// u = (I + L)^-1 r is found by blocks of 16 tokens in turn: w_b = r_b - sum_(m < b) L_bm u_m and
+// u_b = w_b + Z_b w_b, with Z_b = (I + L_bb)^-1 - I by forward substitution in float32. The whole inverse at
+// once, by merging blocks in tf32, was built first: more work, and where all keys are the same the roundings
+// of 64 tokens added up (error 8.8e-2 in bfloat16, where the rule of the tests allows 6.1e-2), since no token
+// saw the rounding of those before it.
+//
+// Split: a block has one sequence, head and 64 columns of V (32 where blocks of 64 are fewer than
+// multiprocessors), and goes through the chunks. Columns do not meet: bits do not depend on the slice. 4 + 4
+// warps (4 + 2), one of each a scheduler:
+//   - makers (chunk.cuh) begin the copies of the chunk two ahead, and turn one chunk's q, k and gates into M,
+//     L, Z and factors, 16 rows a warp, while
+//   - states carry 16 columns of V a warp. They hold S^T [16, K] as float32 results of mma, which as operands
+//     serve both ways: as `a` of S^T k^T, and as `b` of q S. So does u^T. Neither ever passes shared memory,
+//     and no state warp waits for another.
+// Named barriers lead from makers to states and back, one of each a stage.
+//
+// Numbers: operands of products are in the tensors' dtype, the state and u among them, as PyTorch's own would
+// be; sums, gates, norms, z, denominators and the inverse in float32. A chunk's share of S is summed apart,
+// since tensor cores cut what they add to. Operands that would leave float16's range are stored times powers
+// of two (chunk.cuh).
+//
+// Memory: 3 stages (2 where 3 do not fit) of q, k, v, M, Z and factors: 105 and 153 KiB for K = 64, 128 (135
+// and 183 with beta; 2 stages: 70, 102, 92, 124). o leaves through v's tile. 256 threads, one block a
+// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 148 and 221, with beta 206 and 228
+// (float16: 154, 217, 180, 220); no spills. With a third role for the copies there were 10 warps, three on
+// some schedulers, and so 168 registers a thread: the delta rule spilled.
+//
+// Counted, a chunk and 64 columns, K = 128: 752 products m16n8k16 (1248 with beta), 244 KiB through shared
+// memory (344), mostly operands that each state warp reads for its 16 columns. B = 8, T = 2048, H = 8,
+// V = 128 on an H200: 134 MB, 28 us at 4.8 TB/s; 12.6 GFLOP (20.9), 21 (35) us at 600 TFLOP/s, about what is
+// known of mma.sync there; shared memory at 128 bytes a clock, 36 (50) us: that is the floor. Warps with 32
+// columns would halve it, but leave two schedulers without a state warp at 128 blocks; wgmma, which reads
+// the operands once a block, is what would go below. None of this has been measured.
+//
+// Missing: gates a channel (Triton has them); a split of long sequences where heads are few; a backward.
+//
+// Sources: Yang et al. 2024 (GLA, section 4; DeltaNet), Yang et al. 2025 (Gated DeltaNet, section 3.3), Dao
+// and Gu 2024 (Mamba-2, section 6: the chunked form), Arora et al. 2024 and ThunderKittens (the state in
+// registers over a sequence).
 #include <limits>
 #include <tuple>
 
@@ -9,7 +61,7 @@
 namespace slm {
 namespace {
 
-// --- States
+// --- States carry the state
 
 // One warp's 16 columns of the state, transposed: results of `multiply` with a row for each of them.
 template <int K>
@@ -30,9 +82,9 @@ struct State {
     }
 };
 
-// d += the product of 16 tokens `x` and a triangle, which `multiply` makes. The triangle's zeros must not meet what is
-// not finite: 0 NaN is NaN, and would reach earlier tokens. Such numbers are multiplied apart, a token at a time, and
-// added where `reached`(token, n, e) says.
+// d += the product of 16 tokens `x` and a triangle, which `multiply` makes. The triangle's zeros must not
+// meet what is not finite: 0 NaN is NaN, and would reach earlier tokens. Such numbers are multiplied apart, a
+// token at a time, and added where `reached`(token, n, e) says.
 template <typename E, typename Multiply, typename Reached>
 SLM_DEVICE void multiply_triangle(float (&d)[2][4], const uint32_t (&x)[4], Multiply multiply,
                                   Reached reached) {
@@ -62,9 +114,10 @@ SLM_DEVICE void multiply_triangle(float (&d)[2][4], const uint32_t (&x)[4], Mult
     }
 }
 
-// From S^T k^T in `u`, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V), 64], as
-// operands, times two to an exponent that is returned. Blocks of 16 tokens in turn, each from those before it as
-// they were rounded: the rule takes back an error as it takes back a value, and rounding does not add up.
+// From S^T k^T in `u`, made with an operand times two to `of_state`, what the delta rule writes: u^T [16 (V),
+// 64], as operands, times two to an exponent that is returned. Blocks of 16 tokens in turn, each from those
+// before it as they were rounded: the rule takes back an error as it takes back a value, and rounding does
+// not add up.
 template <typename E, int K>
 SLM_DEVICE int correct(Stage<K, true> stage, int column, int of_state, float (&u)[8][4],
                        uint32_t (&values)[4][4]) {
@@ -221,8 +274,8 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
         }
         write_outputs<E>(p, work, stage.v(), column, chunk, o);
 
-        // S = total S + what was written, as the chunk's end keeps it. The chunk's sum is taken apart: tensor cores
-        // cut what they add to.
+        // S = total S + what was written, as the chunk's end keeps it. The chunk's sum is taken apart: tensor
+        // cores cut what they add to.
         const float total = stage.get(kTotal);
 #pragma unroll
         for (int m = 0; m < 4; ++m)

@@ -25,6 +25,8 @@ from ...validation import (
 from . import reference, triton_kernels
 
 CHECKPOINT_BYTES = 1 << 18  # see `segment_length`
+# What the CUDA kernel takes of shared memory, by (K > 64, with beta); csrc/linear/forward.cu asserts it.
+SHARED_KIB = {(False, False): 70, (False, True): 92, (True, False): 102, (True, True): 124}
 
 
 class Call(NamedTuple):
@@ -116,9 +118,44 @@ def prepare(
     return Call(q, k, v, decay, beta, *states, cu_seqlens, scale, normalize, l2norm_qk)
 
 
-# Best first; the same for the operation and its decode step.
+def wants_gradient(call: Call) -> str | None:
+    """The first argument whose gradient a backward would want, if any."""
+    if not torch.is_grad_enabled():
+        return None
+    named = zip(call._fields[:7], call[:7], strict=True)
+    return next((name for name, x in named if x is not None and x.requires_grad), None)
+
+
+def reason_against_cuda(call: Call) -> str | None:
+    """None where the CUDA C++ kernel takes the call by its dtypes, shapes and gradients, else why not."""
+    K, V = call.q.shape[3], call.v.shape[3]
+    if K % 8 or K > 128:
+        return f"q has head dimension {K}; CUDA kernels take multiples of 8 up to 128"
+    if V % 8:
+        return f"v has head dimension {V}; CUDA kernels take multiples of 8"
+    if call.decay is not None and call.decay.ndim == 4:
+        return "decay has a gate for each channel; CUDA kernels take [H] and [B, T, H]"
+    name = wants_gradient(call)
+    if name is not None:
+        return f"{name} wants a gradient; this operation has no CUDA C++ backward"
+    reason = native.reason_against_16bit(call.q)
+    if reason is None and call.q.device.type == "cuda":
+        needed = SHARED_KIB[K > 64, call.beta is not None]
+        there = torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin // 1024
+        if there < needed:
+            return f"the CUDA kernel needs {needed} KiB of shared memory a block, this GPU has {there}"
+    return reason
+
+
+def reason_against_native(call: Call) -> str | None:
+    """None where native kernels can run the call, else why not."""
+    device = call.q.device
+    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+
+
+# Best first.
 SUPPORTS = {
-    "native": native.reason_against_call,
+    "native": reason_against_native,
     "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
@@ -178,7 +215,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
         with without_autocast(call.q):
             return reference.linear_attention(*call[:8], **options)
     segment = 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:7]):
+    if wants_gradient(call) is not None:
         K, V = call.q.shape[3], call.v.shape[3]
         segment = triton_kernels.segment_length(call) if backend == "triton" else segment_length(K, V)
     prefix = "triton_" if backend == "triton" else ""

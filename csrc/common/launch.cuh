@@ -89,4 +89,14 @@ inline bool is_16bit(const Tensor& x) {
     return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
 }
 
+// x, or a copy of it, whose rows along the last dimension can be read 16 bytes at a time.
+inline Tensor aligned_rows(const Tensor& x) {
+    if (x.numel() == 0) return x;
+    bool aligned = x.stride(x.dim() - 1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d)
+        aligned &= x.size(d) == 1 || x.stride(d) * int64_t(x.element_size()) % 16 == 0;
+    if (aligned) return x;
+    return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
+}
+
 }  // namespace slm

@@ -25,10 +25,10 @@
 //
 // Tile sizes, all through the same source:
 //
-//     |        | rows x columns | of a warp | stages | shared | bytes of L2 a FLOP | blocks an SM, sm_80 / sm_90 |
+//     |        | rows x columns | of a warp | stages | shared | bytes of L2 a FLOP | blocks an SM, A100 / H200 |
 //     | Large  | 128 x 256      | 64 x 64   | 3      | 145 KB | 1 / 85             | 1 / 1 |
 //     | Middle | 64 x 128       | 32 x 64   | 3      | 73 KB  | 1 / 43             | 2 / 3 |
-//     | Small  | 16 x 128       | 16 x 32   | 4      | 72 KB  | (matrices once)    | 2 / 3 |
+//     | Small  | 16 x 64        | 16 x 16   | 4      | 40 KB  | (matrices once)    | 3 / 5 |
 //
 // Large: ldmatrix reads 1/32 byte a FLOP from shared memory, 64 of 128 bytes a clock at sm_80's full rate, and
 // L2's 5.5 TB/s feed 470 TFLOP/s: 128 x 128 would stop at 350. Half of its last tile is empty on average, so it
@@ -56,7 +56,11 @@ struct Shape {
 };
 using Large = Shape<128, 256, 64, 64, 3, 1>;
 using Middle = Shape<64, 128, 32, 64, 3, 3>;
-using Small = Shape<16, 128, 16, 32, 4, 3>;
+using Small = Shape<16, 64, 16, 16, 4, 5>;
+
+// How rows are kept that are added up: float16's sums might leave its range.
+template <typename E>
+using Part = std::conditional_t<std::is_same_v<E, Half>, float, E>;
 
 struct Product {
     const int4* tiles;
@@ -76,7 +80,7 @@ struct Product {
     void *a, *h;  // up: [rows, n]; [rows, columns] or null
     const float* weights;  // down: of slots, or null
     void* out;  // down: [slots, columns]
-    bool wide;  // out is float32
+    bool parts;  // out are rows that are added up: Part<E>
 
     SLM_DEVICE bool gated() const { return up && experts::is_gated(activation); }
     SLM_DEVICE bool halves() const { return gated() && !interleaved; }
@@ -142,16 +146,16 @@ struct Source {
         const int thread = int(threadIdx.x), line = thread / kPieces, piece = thread % kPieces;
         const A to_a = a_of(stage);
         const B to_b = b_of(stage);
-#pragma unroll
-        for (int i = 0; i < kOfA; ++i)
-            copy_async(to_a.piece(thread / 8 + i * kRows, thread % 8), a[i] + k,
-                       a[i] != nullptr && k + k_of_a < K);
         const E* from = b + (kTransposed ? int64_t(k / kLines) * step : k);
 #pragma unroll
         for (int i = 0; i < kOfB; ++i, from += step) {
             const int past = kTransposed ? k + k_of_b + i * kLines : k + k_of_b;
             copy_async(to_b.piece(line + i * kLines, piece), from, i < lines && past < K);
         }
+#pragma unroll
+        for (int i = 0; i < kOfA; ++i)  // after w, while their slots are on their way
+            copy_async(to_a.piece(thread / 8 + i * kRows, thread % 8), a[i] + k,
+                       a[i] != nullptr && k + k_of_a < K);
     }
 };
 
@@ -316,8 +320,8 @@ SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, const Sums<S>
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = weight * (x[i] + bias[i]);
         const int64_t at = int64_t(load<int>(Ends<S>::slot(sums.row + r))) * p.columns + column;
-        if (p.wide)
-            store_eight(static_cast<float*>(p.out) + at, x);
+        if (p.parts)
+            store_eight(static_cast<Part<E>*>(p.out) + at, x);
         else
             store_eight(static_cast<E*>(p.out) + at, x);
     }

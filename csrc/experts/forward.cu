@@ -21,15 +21,15 @@
 // that does all experts of a token; writing them scattered and reading k of them is 268 of the 570 MB, and the
 // price of order. In float32 it would be 536.
 //
-// By ptxas, for sm_80 and sm_90a: 244 registers a thread (Large), 166 (Middle), 72 (Small); sorts 54 at most,
-// combination 26; nothing spills. Large's loop over steps is 282 instructions, 128 of them mma, 32 ldmatrix, 12
-// copies. It hides neither a block's first copies nor its last stores behind another block's products: one fits an
-// SM. By count that is a quarter of the up product's time here (sixteen steps a block) and a third of the down
-// product's (eight); blocks that stay and fetch the next tile while they store would gain the first half of it.
+// By ptxas, for sm_80 and sm_90a: 244 to 252 registers a thread (Large), 162 to 166 (Middle), 72 to 75 (Small),
+// sorts 54 at most, combination 26; nothing spills. Large's loop over steps is 273 instructions on sm_90a, 128 of
+// them mma, 32 ldmatrix, 12 copies. What it does not hide are the stores of a tile, some 4000 clocks of the up
+// product's 21000 (activations: two MUFU a unit, 2000) and 2500 of the down product's 10000: another block's
+// products would, but two of 128 x 128 would ask L2 for a third more than it gives.
 //
-// Sources: grouped products with gathered rows and an aggregation of their own, without scatter, as in SonicMoE
-// (2025), section 4; tile maps on the device as in MegaBlocks (Gale et al. 2023), section 5; the multistage
-// pipeline of CUTLASS (cp.async, "Efficient GEMM"); counting sort by warps, Merrill and Grimshaw 2011, section 4.
+// Sources: grouped products of gathered rows and an aggregation of its own, without scatter: SonicMoE (2025); the
+// experts of tiles found on the device: vLLM's moe_align_block_size; the multistage pipeline: CUTLASS, "Efficient
+// GEMM"; ranks within a warp by match: Ashkiani et al. 2016 (GPU multisplit), with ballots.
 #include "checks.h"
 #include "gemm.cuh"
 
@@ -84,10 +84,12 @@ template <typename E, typename S>
 void multiply_all(const Device& device, Product p, const Order& order, const Matrices& w) {
     p.column_blocks = (p.columns + S::kN - 1) / S::kN;
     const int64_t blocks = int64_t(order.bound) * p.column_blocks;
-    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "too many tiles for one launch: ", blocks);
+    STD_TORCH_CHECK(blocks < (int64_t(1) << 30), "too many tiles for one launch: ", blocks);
     p.w = pointer<E>(w.x), p.w_expert = w.x.stride(0), p.w_line = w.x.stride(1);
+    p.blocks = int(blocks);
+    const int64_t together = S::kStays ? device.multiprocessors() : blocks;
     const auto kernel = w.transposed ? product_kernel<E, S, true> : product_kernel<E, S, false>;
-    device.launch(kernel, dim3(unsigned(blocks)), S::kThreads, S::kShared, p);
+    device.launch(kernel, dim3(unsigned(std::min(blocks, together))), S::kThreads, S::kShared, p);
 }
 
 struct Call {

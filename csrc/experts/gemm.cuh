@@ -19,6 +19,11 @@
 // stored at a time, by runs of 64 or 128. (From fragments, runs would be 16 bytes, and 64 numbers a lane times
 // four activations a long program.)
 //
+// Of large tiles one block fits a multiprocessor, and nobody works while it waits for its first step or stores:
+// there as many blocks as multiprocessors stay, for every so many-th tile. Results take all of the ring but one
+// stage, half of a warp's rows at a time, and the next tile's first step is on its way to that stage meanwhile.
+// Several blocks an SM overlap by themselves.
+//
 // Order of blocks: the columns of a tile of rows first. The blocks that run at a time, about the GPU's
 // multiprocessors, are then some tiles of rows (read once into L2, 25 MB of x at most) and the matrices of one or
 // two experts (2 to 8 MB), so that HBM sees both about once.
@@ -49,10 +54,12 @@ struct Shape {
     static constexpr int kWarpM = WarpM, kWarpN = WarpN, kWarpsN = N / WarpN;
     static constexpr int kThreads = M / WarpM * kWarpsN * kWarp;
     static constexpr int kStage = (M + N) * kK * 2;  // bytes
-    static constexpr int kResultRow = (WarpN + 8) * 4, kResults = WarpM * kResultRow;  // bytes, of a warp
+    static constexpr bool kStays = Blocks == 1;  // for more tiles than one
+    static constexpr int kParts = WarpM > 16 ? 2 : 1, kPartRows = WarpM / kParts;
+    static constexpr int kResultRow = (WarpN + 8) * 4, kResults = kPartRows * kResultRow;  // bytes, of a warp
     static constexpr int kRing = Stages * kStage;
     static constexpr int kShared = kRing + M * 8;
-    static_assert(kThreads / kWarp * kResults <= kRing);
+    static_assert(kThreads / kWarp * kResults <= kRing - kStage && kThreads >= M);
 };
 using Large = Shape<128, 256, 64, 64, 3, 1>;
 using Middle = Shape<64, 128, 32, 64, 3, 3>;
@@ -64,6 +71,7 @@ using Part = std::conditional_t<std::is_same_v<E, Half>, float, E>;
 
 struct Product {
     const int4* tiles;
+    int blocks;  // of tiles and of columns
     const int* order;  // row -> slot; null: the same
     int column_blocks;
     bool up;
@@ -115,7 +123,8 @@ struct Source {
         return {shared_memory() + Shared(stage * S::kStage + A::bytes(S::kM))};
     }
 
-    SLM_DEVICE Source(const Product& p, const RowTile& tile, int first_column) : K(p.K) {
+    SLM_DEVICE Source(const Product& p, const RowTile& tile, int first_column)
+        : K(tile.expert < 0 ? 0 : p.K) {  // rows of absent experts are zeros, without a product
         const int thread = int(threadIdx.x);
         k_of_a = thread % 8 * 8;
 #pragma unroll
@@ -142,7 +151,16 @@ struct Source {
         }
     }
 
-    SLM_DEVICE void copy(int stage, int k) const {
+    SLM_DEVICE int steps() const { return (K + S::kK - 1) / S::kK; }
+
+    // A group of copies, empty if the step is past the end.
+    SLM_DEVICE void copy(int stage, int step) const {
+        if (step < steps()) begin_copy(stage, step * S::kK);
+        commit_copies();
+    }
+
+  private:
+    SLM_DEVICE void begin_copy(int stage, int k) const {
         const int thread = int(threadIdx.x), line = thread / kPieces, piece = thread % kPieces;
         const A to_a = a_of(stage);
         const B to_b = b_of(stage);
@@ -201,13 +219,14 @@ struct Sums {  // of a warp
         return shared_memory() + Shared(warp_of_thread() * S::kResults + row * S::kResultRow +
                                         (column ^ (column >> 3 & 4)) * 4);
     }
+    template <int kPart>
     SLM_DEVICE void put() const {
         const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
 #pragma unroll
-        for (int m = 0; m < S::kWarpM / 16; ++m)
+        for (int m = 0; m < S::kPartRows / 16; ++m)
 #pragma unroll
             for (int n = 0; n < S::kWarpN / 8; ++n) {
-                const auto& d = of[m][n];
+                const auto& d = of[kPart * S::kPartRows / 16 + m][n];
                 store(at(m * 16 + g, n * 8 + 2 * t), make_float2(d[0], d[1]));
                 store(at(m * 16 + g + 8, n * 8 + 2 * t), make_float2(d[2], d[3]));
             }
@@ -244,48 +263,55 @@ SLM_DEVICE void store_eight<float>(float* to, const float (&x)[8]) {
     store(static_cast<void*>(to + 4), make_float4(x[4], x[5], x[6], x[7]));
 }
 
-// What a row of the block's tile needs at the end, read at its beginning.
+// What a row of the block's tile needs at the end; a thread loads it for one row.
 template <typename S>
 struct Ends {
-    SLM_DEVICE static Shared slot(int row) { return shared_memory() + Shared(S::kRing + row * 4); }
-    SLM_DEVICE static Shared weight(int row) { return slot(S::kM + row); }
+    int slot = 0;
+    float weight = 1.f;
 
-    SLM_DEVICE static void find(const Product& p, const RowTile& tile) {
-        for (int row = int(threadIdx.x); row < tile.rows; row += S::kThreads) {
-            const int slot_of_row = p.order ? load(p.order + tile.first + row) : tile.first + row;
-            store(slot(row), slot_of_row);
-            store(weight(row), p.weights && tile.expert >= 0 ? load(p.weights + slot_of_row) : 1.f);
-        }
+    SLM_DEVICE Ends(const Product& p, const RowTile& tile) {
+        const int row = int(threadIdx.x);
+        if (row >= tile.rows) return;
+        slot = p.order ? load(p.order + tile.first + row) : tile.first + row;
+        if (p.weights && tile.expert >= 0) weight = load(p.weights + slot);
     }
+    SLM_DEVICE void keep() const {
+        const int row = int(threadIdx.x);
+        if (row >= S::kM) return;
+        store(slot_of(row), slot);
+        store(weight_of(row), weight);
+    }
+    SLM_DEVICE static Shared slot_of(int row) { return shared_memory() + Shared(S::kRing + row * 4); }
+    SLM_DEVICE static Shared weight_of(int row) { return slot_of(S::kM + row); }
 };
 
-// Results -> h and a.
+// Results of rows from `above` in the block's tile -> h and a.
 template <typename E, typename S>
-SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, const Sums<S>& sums, int first_column) {
+SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, int above, int column, int first_column) {
     const bool gated = p.gated();
     const int width = gated ? 16 : 8;  // columns of 8 units
     const int pieces = S::kWarpN / width, piece = lane_of_thread() % pieces, c = piece * width;
-    const int unit = (first_column + sums.column + c) / (gated ? 2 : 1);
+    const int unit = (first_column + column + c) / (gated ? 2 : 1);
     if (unit >= p.n) return;
-    const int first = p.place(first_column, sums.column + c);
-    const int second = p.place(first_column, sums.column + c + 8);
+    const int first = p.place(first_column, column + c);
+    const int second = p.place(first_column, column + c + 8);
     float b_first[8] = {}, b_second[8] = {};
     if (p.bias && tile.expert >= 0) {
         const E* const bias = static_cast<const E*>(p.bias) + tile.expert * p.bias_expert;
         load_eight(b_first, bias + first);
         if (gated) load_eight(b_second, bias + second);
     }
-    for (int r = lane_of_thread() / pieces; r < S::kWarpM; r += kWarp / pieces) {
-        if (sums.row + r >= tile.rows) return;
-        const int64_t row = tile.first + sums.row + r;
+    for (int r = lane_of_thread() / pieces; r < S::kPartRows; r += kWarp / pieces) {
+        if (above + r >= tile.rows) return;
+        const int64_t row = tile.first + above + r;
         E* const h = p.h ? static_cast<E*>(p.h) + row * p.columns : nullptr;
         float x[8], y[8];
-        sums.take(x, r, c);
+        Sums<S>::take(x, r, c);
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] += b_first[i];
         if (h) store_eight(h + first, x);
         if (gated) {
-            sums.take(y, r, c + 8);
+            Sums<S>::take(y, r, c + 8);
 #pragma unroll
             for (int i = 0; i < 8; ++i) y[i] += b_second[i];
             if (h) store_eight(h + second, y);
@@ -305,21 +331,21 @@ SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, const Sums<S>& 
 
 // Results, times their weights -> the slots' rows of out.
 template <typename E, typename S>
-SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, const Sums<S>& sums, int first_column) {
+SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, int above, int first, int first_column) {
     constexpr int kPieces = S::kWarpN / 8;
-    const int c = lane_of_thread() % kPieces * 8, column = first_column + sums.column + c;
+    const int c = lane_of_thread() % kPieces * 8, column = first_column + first + c;
     if (column >= p.columns) return;
     float bias[8] = {};
     if (p.bias && tile.expert >= 0)
         load_eight(bias, static_cast<const E*>(p.bias) + tile.expert * p.bias_expert + column);
-    for (int r = lane_of_thread() / kPieces; r < S::kWarpM; r += kWarp / kPieces) {
-        if (sums.row + r >= tile.rows) return;
+    for (int r = lane_of_thread() / kPieces; r < S::kPartRows; r += kWarp / kPieces) {
+        if (above + r >= tile.rows) return;
         float x[8];
-        sums.take(x, r, c);
-        const float weight = load<float>(Ends<S>::weight(sums.row + r));
+        Sums<S>::take(x, r, c);
+        const float weight = load<float>(Ends<S>::weight_of(above + r));
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = weight * (x[i] + bias[i]);
-        const int64_t at = int64_t(load<int>(Ends<S>::slot(sums.row + r))) * p.columns + column;
+        const int64_t at = int64_t(load<int>(Ends<S>::slot_of(above + r))) * p.columns + column;
         if (p.parts)
             store_eight(static_cast<Part<E>*>(p.out) + at, x);
         else
@@ -327,39 +353,63 @@ SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, const Sums<S>
     }
 }
 
+template <int kPart, typename E, typename S>
+SLM_DEVICE void finish(const Product& p, const RowTile& tile, const Sums<S>& sums, int first_column) {
+    sums.template put<kPart>();
+    sync_warp();
+    const int above = sums.row + kPart * S::kPartRows;
+    if (p.up)
+        finish_up<E, S>(p, tile, above, sums.column, first_column);
+    else
+        finish_down<E, S>(p, tile, above, sums.column, first_column);
+    sync_warp();
+    if constexpr (kPart + 1 < S::kParts) finish<kPart + 1, E>(p, tile, sums, first_column);
+}
+
 template <typename E, typename S, bool kTransposed>
 SLM_KERNEL(S::kThreads, S::kBlocks)
 product_kernel(const __grid_constant__ Product p) {
-    const RowTile tile = load_tile(p.tiles, blockIdx.x / unsigned(p.column_blocks));
-    const int first_column = int(blockIdx.x % unsigned(p.column_blocks)) * S::kN;
-    const bool absent = tile.expert < 0;  // whose rows are zeros, without a product
-    if (tile.rows <= 0 || (absent && p.up && !p.h)) return;
-
-    const Source<E, S, kTransposed> source(p, tile, first_column);
-    const int steps = absent ? 0 : (p.K + S::kK - 1) / S::kK;
+    constexpr int kLast = S::kStages - 1;
+    const auto tile_at = [&](int block) {
+        return block < p.blocks ? load_tile(p.tiles, block / p.column_blocks) : RowTile{-1, 0, 0};
+    };
+    const auto column_at = [&](int block) { return block % p.column_blocks * S::kN; };
+    const auto after = [](int stage) { return stage < kLast ? stage + 1 : 0; };
+    int block = int(blockIdx.x), stage = 0;
+    RowTile tile = tile_at(block);
+    if (tile.rows <= 0) return;  // tiles without rows come last
+    Source<E, S, kTransposed> source(p, tile, column_at(block));
+    source.copy(stage, 0);
+    Ends<S> ends(p, tile);
+    for (;;) {
+        // The first step is on its way.
+        int next = stage;
 #pragma unroll
-    for (int step = 0; step < S::kStages - 1; ++step) {
-        if (step < steps) source.copy(step, step * S::kK);
-        commit_copies();
+        for (int step = 1; step < kLast; ++step) source.copy(next = after(next), step);
+        ends.keep();
+        const int next_block = block + int(gridDim.x);
+        const RowTile next_tile = S::kStays ? tile_at(next_block) : RowTile{-1, 0, 0};
+        const int steps = source.steps();
+        Sums<S> sums;
+        for (int step = 0; step < steps; ++step) {
+            wait_copies<kLast - 1>();
+            sync_block();  // the step has arrived for all, and the stage before it has been read by all
+            source.copy(next = after(next), step + kLast);
+            sums.template add<E, kTransposed>(source.a_of(stage), source.b_of(stage));
+            stage = after(stage);
+        }
+        sync_block();  // results take the ring's place, but for the last stage: the next tile's first step
+        const bool more = next_tile.rows > 0;
+        if (more) {
+            source = Source<E, S, kTransposed>(p, next_tile, column_at(next_block));
+            source.copy(kLast, 0);
+            ends = Ends<S>(p, next_tile);
+        }
+        finish<0, E>(p, tile, sums, column_at(block));
+        if (!more) return;
+        sync_block();
+        block = next_block, tile = next_tile, stage = kLast;
     }
-    Ends<S>::find(p, tile);
-    Sums<S> sums;
-    for (int step = 0, stage = 0, next = S::kStages - 1; step < steps; ++step) {
-        wait_copies<S::kStages - 2>();
-        sync_block();  // the step has arrived for all, and the stage before it has been read by all
-        const int ahead = step + S::kStages - 1;
-        if (ahead < steps) source.copy(next, ahead * S::kK);
-        commit_copies();
-        sums.template add<E, kTransposed>(source.a_of(stage), source.b_of(stage));
-        stage = stage + 1 < S::kStages ? stage + 1 : 0, next = next + 1 < S::kStages ? next + 1 : 0;
-    }
-    sync_block();  // results take the ring's place
-    sums.put();
-    sync_warp();
-    if (p.up)
-        finish_up<E>(p, tile, sums, first_column);
-    else
-        finish_down<E>(p, tile, sums, first_column);
 }
 
 }  // namespace

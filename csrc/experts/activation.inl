@@ -2,27 +2,18 @@
 #pragma once
 
 #include "../common/sigmoid.h"
+#include "activation.h"
 
 namespace {
 
-enum Activation { kSwiglu, kGeglu, kGegluTanh, kRelu2, kGelu, kGeluTanh };  // as reference.ACTIVATIONS
+using namespace slm::experts;
 
-// Phi(x), the normal distribution, and its density. erfc(z) = exp(-z^2) t q(t), t = 1 / (1 + z / 2), z >= 0,
-// q by a weighted least-squares fit of degree 8: 4.4e-8 of the value. In double by the C library.
+// Phi(x), the normal distribution, and its density. In double by the C library.
 SLM_INLINE void normal(Vec<float> x, Vec<float>& cdf, Vec<float>& density) {
     const Vec<float> z = (Vec<float>)((Mask<float>)x & 0x7fffffff) * 0.70710678f;
     const Vec<float> t = 1.0f / (1.0f + 0.5f * z);
-    Vec<float> q = splat(-0x1.e64fa8p-5f);
-    q = q * t + 0x1.24e13cp-2f;
-    q = q * t - 0x1.f5f26ap-2f;
-    q = q * t + 0x1.203be4p-2f;
-    q = q * t - 0x1.dab61ep-6f;
-    q = q * t + 0x1.a1229ep-3f;
-    q = q * t + 0x1.f15d24p-3f;
-    q = q * t + 0x1.212ffcp-2f;
-    q = q * t + 0x1.20dacp-2f;
     const Vec<float> power = exp2_nonpositive<float>(z * z * -kLog2e<float>);
-    const Vec<float> tail = 0.5f * power * (t * q);
+    const Vec<float> tail = 0.5f * power * (t * erfc_polynomial(t));
     cdf = x > 0.0f ? 1.0f - tail : tail;
     cdf = x == x ? cdf : x;
     density = 0.39894228f * power;
@@ -50,7 +41,7 @@ SLM_INLINE Vec<F> bend(Vec<F> x, Vec<F>* slope) {
             return low * cdf;
         } else {
             constexpr bool tanh_form = A == kGegluTanh || A == kGeluTanh;  // x sigmoid(2 u(x)); silu: of x
-            constexpr F c = F(1.5957691216057307117597842397375), cubic = F(0.044715);  // 2 sqrt(2 / pi)
+            constexpr F c = F(kTanh), cubic = F(kCubic);
             const Vec<F> square = bounded * bounded;
             Vec<F> s, rest;
             sigmoid<F>(tanh_form ? c * bounded * (F(1) + cubic * square) : x, s, rest);

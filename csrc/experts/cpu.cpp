@@ -3,16 +3,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../common/isa.h"
 #include "../common/tensors.h"
+#include "checks.h"
 #include "mlp.h"
 
 namespace {
@@ -27,15 +26,14 @@ using slm::experts::Gradient;
 using slm::experts::kChunk;
 using slm::experts::Kernels;
 using slm::experts::Matrix;
+using slm::experts::Optional;
 using slm::experts::Problem;
 using slm::experts::Queue;
+using slm::experts::Sizes;
 using slm::experts::Sum;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
-constexpr int kGated = 3;  // activations before it have a gate
-constexpr int kActivations = 6;
 constexpr int64_t kGrain = int64_t(1) << 15;  // elements that are worth a thread
 
 const Kernels& kernels() {
@@ -81,44 +79,27 @@ struct Call {
          const Tensor& up_, const Tensor& down_, const Optional& b_up_, const Optional& b_down_,
          int64_t activation, bool interleaved)
         : x(dense_rows(x_)), indices(dense(indices_)), up(readable(up_)), down(readable(down_)) {
+        const Sizes size =
+            slm::experts::check(x, indices, weights_, cu, up, down, b_up_, b_down_, activation);
+        E = size.E, k = size.k, parts = k > 1;
         Problem& p = problem;
-        STD_TORCH_CHECK(x.dim() == 2 && up.dim() == 3 && down.dim() == 3,
-                        "x must be [T, d], weights [E, ., .]");
-        const ScalarType type = x.scalar_type();
-        STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
-                            type == ScalarType::BFloat16 || type == ScalarType::Half,
-                        "x must be float32, float64, bfloat16 or float16");
-        STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "unknown activation ", activation);
         p.dtype = slm::dtype_of(x);
-        p.activation = int(activation), p.gated = activation < kGated, p.interleaved = interleaved;
-        p.T = x.size(0), p.d = x.size(1), p.n = down.size(2), p.H = p.gated ? 2 * p.n : p.n;
-        E = down.size(0);
-        STD_TORCH_CHECK(
-            E > 0 && p.d > 0 && p.n > 0 && down.size(1) == p.d && up.size(0) == E && up.size(1) == p.H &&
-                up.size(2) == p.d && up.scalar_type() == type && down.scalar_type() == type,
-            "weights must be [E, ", p.H, ", ", p.d, "] and [E, ", p.d, ", ", p.n, "] of x's dtype");
+        p.activation = int(activation), p.gated = size.gated, p.interleaved = interleaved;
+        p.T = size.T, p.d = size.d, p.n = size.n, p.H = size.H;
         p.dot = p.dtype == Dtype::bf16 && slm::get_isa() == slm::Isa::avx512 && slm::has_bf16_dot() &&
                 p.d % 2 == 0 && p.n % 2 == 0;
         p.x = x.data_ptr(), p.x_row = x.stride(0);
         p.up = matrix_of(up), p.down = matrix_of(down);
-        b_up = bias(b_up_, p.H, "b_gate_up"), b_down = bias(b_down_, p.d, "b_down");
+        if (b_up_.has_value()) b_up = dense(*b_up_);
+        if (b_down_.has_value()) b_down = dense(*b_down_);
         p.b_up = b_up.has_value() ? b_up->data_ptr() : nullptr;
         p.b_down = b_down.has_value() ? b_down->data_ptr() : nullptr;
-        STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int, "indices must be int32");
         if (cu.has_value())
             segments(slm::offsets(*cu, p.T, "cu_seqlens"));
         else
             rows(weights_);
         p.token = token.data(), p.to = to.data();
         p.chunks = chunks.data(), p.num_chunks = int64_t(chunks.size());
-    }
-
-    Optional bias(const Optional& b, int64_t size, const char* name) const {
-        if (!b.has_value()) return b;
-        STD_TORCH_CHECK(
-            b->dim() == 2 && b->size(0) == E && b->size(1) == size && b->scalar_type() == x.scalar_type(),
-            name, " must be [E, ", size, "] of x's dtype");
-        return dense(*b);
     }
 
     bool present(int32_t e) const { return e >= 0 && e < E; }
@@ -140,13 +121,6 @@ struct Call {
 
     void rows(const Optional& weights_) {
         const int64_t T = problem.T;
-        STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == T && indices.size(1) > 0,
-                        "indices must be [T, k]");
-        k = indices.size(1), parts = k > 1;
-        STD_TORCH_CHECK(weights_.has_value() && weights_->dim() == 2 && weights_->size(0) == T &&
-                            weights_->size(1) == k &&
-                            weights_->scalar_type() == statistics_type(problem.dtype),
-                        "weights must be [T, k], float32 (float64 of float64 x)");
         weights = dense(*weights_);
         const int32_t* expert = static_cast<const int32_t*>(indices.data_ptr());
         std::vector<int64_t> first(size_t(E) + 1, 0);
@@ -174,9 +148,6 @@ struct Call {
     }
 
     void segments(const std::vector<int64_t>& at) {
-        STD_TORCH_CHECK(indices.dim() == 1 && indices.size(0) + 1 == int64_t(at.size()),
-                        "indices must be [N] with cu_seqlens [N+1]");
-        k = 1, parts = false;
         const int32_t* expert = static_cast<const int32_t*>(indices.data_ptr());
         std::vector<int64_t> first(size_t(E) + 1, 0);
         for (size_t s = 0; s + 1 < at.size(); ++s)

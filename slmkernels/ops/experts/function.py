@@ -14,6 +14,7 @@ from ...validation import check_cu_seqlens, check_float_tensor, check_like, fail
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
 
 LAYOUTS = ("concatenated", "interleaved")
+MOST_EXPERTS, MOST_ROWS = 2**14, 2**30  # of the CUDA C++ kernels
 
 
 class Call(NamedTuple):
@@ -103,8 +104,36 @@ def prepare_segments(
     return Call(x, experts, None, cu_seqlens, *matrices, activation, layout == "interleaved")
 
 
+def wants_gradient(call: Call) -> bool:
+    """Will autograd ask for this call's backward?"""
+    tensors = (*call[:3], *call[4:8])
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def reason_against_cuda(call: Call) -> str | None:
+    """None where the CUDA C++ kernels can run a call by its sizes and dtypes, else why not."""
+    (E, d, n), rows = call.w_down.shape, call.indices.numel() if call.cu_seqlens is None else call.x.shape[0]
+    if (reason := native.reason_against_16bit(call.x)) is not None:
+        return reason
+    if d % 8 or n % 8:
+        return f"CUDA kernels take d and n that are multiples of 8, not d = {d}, n = {n}"
+    if E > MOST_EXPERTS or rows > MOST_ROWS:
+        return (
+            f"CUDA kernels take up to {MOST_EXPERTS} experts and {MOST_ROWS} rows, not E = {E}, T k = {rows}"
+        )
+    if wants_gradient(call):
+        return "a gradient is wanted, and there is no native CUDA backward (Triton has one)"
+    return None
+
+
+def reason_against_native(call: Call) -> str | None:
+    """None where native kernels can run a call, else why not."""
+    reason = native.reason_against(call.x.device)
+    return reason or (reason_against_cuda(call) if call.x.device.type == "cuda" else None)
+
+
 SUPPORTS = {
-    "native": lambda call: native.reason_against_kernel(call.x.device),
+    "native": reason_against_native,
     "triton": lambda call: triton_support.reason_against_tensor("x", call.x),
     "reference": lambda call: None,
 }
@@ -154,8 +183,7 @@ def compute(operation: Operation, call: Call, backend: str | None) -> Tensor:
             if cu_seqlens is not None:
                 return reference.segment_mlp(x, cu_seqlens, indices, *rest)
             return reference.expert_mlp(x, indices, weights, *rest)
-    tensors = (*call[:3], *call[4:8])
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = wants_gradient(call)
     number = reference.ACTIVATIONS.index(call.activation)
     prefix = "triton_" if backend == "triton" else ""
     return apply_function(ExpertMLP, *call._replace(activation=number), save, prefix)[0]

@@ -2,7 +2,8 @@
 // that run beside the threads that asked for them (wgmma), registers moved between warpgroups.
 //
 // Only a build for sm_90a has these instructions. SLM_HOPPER says that they may be used; the body of a kernel
-// stands under it, is empty in builds for others, and the operator launches it where architecture() is 90.
+// stands under it and is empty in builds for others. The operator launches it where architecture() is 90 and
+// has_hopper_body().
 //
 // Threads use memory through the generic proxy, TMA and wgmma through the asynchronous one. What a thread has
 // stored is theirs to see after its fence_async(), then a barrier; what TMA brings is everybody's who waits
@@ -225,6 +226,14 @@ SLM_DEVICE void multiply_async(float (&d)[J][4], const uint32_t (&x)[4], uint64_
 #undef SLM_WGMMA_REGISTERS
 
 // --- The host's side ---------------------------------------------------------------------------------------
+
+// Was this kernel built for sm_90a? Where it was not its body is empty, which takes a handful of registers.
+template <typename... P>
+bool has_hopper_body(void (*kernel)(P...)) {
+    cudaFuncAttributes attributes;
+    SLM_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.numRegs > 32;
+}
 
 // A tensor of 16-bit numbers, sizes and the strides of all but the innermost dimension in bytes, and a box of
 // it. The driver's function is asked of the runtime, so that libcuda need not be linked.

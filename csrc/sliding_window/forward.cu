@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     const int64_t B = q.size(0), T = q.size(1), Hq = q.size(2), Dv = v.size(3);
     const Tensor o = torch::stable::new_empty(q, {B, T, Hq, Dv});
     const Tensor lse = torch::stable::new_empty(q, {B, Hq, T}, ScalarType::Float);
-    const Forward p{in.problem, {pointer<void>(o), T * Hq * Dv, Hq * Dv, Dv}, pointer<float>(lse)};
+    const Forward p{in.problem, kernel_rows(o), pointer<float>(lse)};
     if (!forward_sm90(device, p, in.q, in.k, in.v)) SLM_DISPATCH_16BIT(q, run_forward, device, p);
     return {o, lse};
 }

@@ -309,23 +309,24 @@ forward_sm90_kernel(const __grid_constant__ ForwardSm90 p) {
 }
 
 template <typename E, int C, int kKeys>
-void launch_forward(const Device& device, const Forward& p, const Tensor& q, const Tensor& k,
+bool launch_forward(const Device& device, const Forward& p, const Tensor& q, const Tensor& k,
                     const Tensor& v) {
     using Part = QueryTile<kRows, kConsumers>;
-    device.launch(forward_sm90_kernel<E, C, kKeys>, dim3(unsigned(Part::blocks(p.window))), kThreads,
-                  Shape<C, kKeys>::kBytes,
+    const auto kernel = forward_sm90_kernel<E, C, kKeys>;
+    if (!has_hopper_body(kernel)) return false;
+    device.launch(kernel, dim3(unsigned(Part::blocks(p.window))), kThreads, Shape<C, kKeys>::kBytes,
                   ForwardSm90{p, row_map<E>(q, kRows), row_map<E>(k, kKeys), row_map<E>(v, kKeys)});
+    return true;
 }
 
 template <typename E>
-void run_forward(const Device& device, const Forward& p, const Tensor& q, const Tensor& k, const Tensor& v) {
+bool run_forward(const Device& device, const Forward& p, const Tensor& q, const Tensor& k, const Tensor& v) {
     const bool narrow = p.window.window.before + p.window.window.after < 512;
     if (p.window.D == 64)
-        narrow ? launch_forward<E, 64, 64>(device, p, q, k, v)
-               : launch_forward<E, 64, 128>(device, p, q, k, v);
-    else
-        narrow ? launch_forward<E, 128, 64>(device, p, q, k, v)
-               : launch_forward<E, 128, 128>(device, p, q, k, v);
+        return narrow ? launch_forward<E, 64, 64>(device, p, q, k, v)
+                      : launch_forward<E, 64, 128>(device, p, q, k, v);
+    return narrow ? launch_forward<E, 128, 64>(device, p, q, k, v)
+                  : launch_forward<E, 128, 128>(device, p, q, k, v);
 }
 
 }  // namespace
@@ -334,8 +335,7 @@ bool forward_sm90(const Device& device, const Forward& p, const Tensor& q, const
     const WindowProblem& w = p.window;
     if (device.architecture() != 90 || w.D != w.Dv || (w.D != 64 && w.D != 128)) return false;
     if (!fits_row_map(q) || !fits_row_map(k) || !fits_row_map(v)) return false;
-    SLM_DISPATCH_16BIT(q, run_forward, device, p, q, k, v);
-    return true;
+    return SLM_DISPATCH_16BIT(q, run_forward, device, p, q, k, v);
 }
 
 }  // namespace slm

@@ -357,6 +357,12 @@ struct Softmax {
 
 namespace {
 
+// A tensor whose row stride fits an int, as kernels take it.
+inline Rows kernel_rows(const Tensor& x) {
+    STD_TORCH_CHECK(x.numel() == 0 || x.stride(1) < int64_t(1) << 31, "rows must lie within 2^31 numbers");
+    return {pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
 // Arguments of the forward, checked and laid out; keeps the tensors alive. The device is made current before.
 struct WindowArguments {
     Tensor q, k, v;
@@ -394,10 +400,7 @@ inline WindowArguments read_window(const Tensor& q, const Tensor& k, const Tenso
     p.N = cu.has_value() ? int(in.cu_q->numel()) - 1 : 0;
     p.B = int(q.size(0)), p.T = int(T), p.S = int(S), p.Hq = int(q.size(2)), p.H = int(k.size(2));
     p.D = int(D), p.Dv = int(Dv);
-    const auto rows = [](const Tensor& x) {
-        return Rows{pointer<void>(x), x.stride(0), x.stride(1), x.stride(2)};
-    };
-    p.q = rows(in.q), p.k = rows(in.k), p.v = rows(in.v);
+    p.q = kernel_rows(in.q), p.k = kernel_rows(in.k), p.v = kernel_rows(in.v);
     p.window = {int(left < 0 ? S : std::min(left, S)), int(right < 0 ? T : std::min(right, T))};
     p.scale = float(scale);
     p.capped = softcap > 0;

@@ -45,6 +45,10 @@ struct TensorMap {
     uint64_t sizes[4], strides[4];
     uint32_t box[4];
 };
+template <typename... P>
+bool has_hopper_body(void (*)(P...)) {
+    return true;
+}
 TensorMap tensor_map(void* data, bool bf16, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                      const uint32_t (&box)[4]);
 

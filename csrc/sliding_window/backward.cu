@@ -1,0 +1,345 @@
+// Sliding-window attention, backward.
+#include "window.cuh"
+
+namespace slm {
+namespace {
+
+struct Backward {
+    WindowProblem window;
+    Rows dout, o, dq, dk, dv;
+    const float *lse, *dlse;  // [B, Hq, T]; dlse may be null
+    float2* statistics;       // [B, Hq, T]: lse in log2 units, +inf for rows that see nothing; delta
+    float* parts;             // [Hq, B, parts]: of the sinks' gradient, or null
+};
+
+template <int C>
+struct QueriesShape {
+    static constexpr int kRows = C == 64 ? 32 : 16;  // queries a warp
+    static constexpr int kThreads = 4 * kWarp;
+    static constexpr int kTile = C == 64 ? 64 : 32, kStep = 32;  // keys copied, keys multiplied at a time
+    static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 16 * kRows * int(sizeof(float));
+};
+
+template <int C>
+struct KeysShape {
+    static constexpr int kRows = C == 64 ? 32 : 16;  // keys a warp
+    static constexpr int kThreads = 4 * kWarp;
+    static constexpr int kTile = C == 64 ? 64 : 32,
+                         kStep = 32;  // queries copied, queries multiplied at a time
+    static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 2 * kTile * int(sizeof(float2));
+};
+
+// P from a score x; x becomes what multiplies dP - delta: P, and with a softcap times the derivative of tanh. Hidden
+// scores are -inf, or less than -1 with a softcap: both give 0.
+template <bool kCapped>
+SLM_DEVICE float weigh(float& x, float unit, float lse) {
+    const float p = exp2(fmaf(x, unit, -lse)), y = fmaxf(x, -1.f);
+    x = kCapped ? p * (1 - y * y) : p;
+    return p;
+}
+
+// delta = sum do o - dlse of the warp's rows, 16 bytes of a row a lane: kept in `deltas`, written with lse for the
+// other kernel. Returns the warp's part of the sink's gradient.
+template <typename E, int C, int kRows>
+SLM_DEVICE float write_deltas(const Backward& p, const QueryTile<kRows>& at, Tile<C> douts, Shared deltas) {
+    constexpr int kPieces = Tile<C>::kPieces;
+    const WindowProblem& w = p.window;
+    const int lane = lane_of_thread(), piece = lane % kPieces;
+    const float sink = w.sinks != nullptr ? load(w.sinks + at.head) : 0.f;
+    const E* o = p.o.at<E>(at.b, at.row, at.head) + piece * 8;
+    float part = 0;
+#pragma unroll 2
+    for (int r = lane / kPieces; r < kRows; r += kWarp / kPieces) {
+        float delta = 0;
+        if (r < at.rows && piece * 8 < w.Dv) {
+            const uint4 x = load<uint4>(static_cast<const void*>(o + r * p.o.t));
+            const uint4 y = load<uint4>(douts.piece(r, piece));
+            delta = first_of<E>(x.x) * first_of<E>(y.x) + second_of<E>(x.x) * second_of<E>(y.x) +
+                    first_of<E>(x.y) * first_of<E>(y.y) + second_of<E>(x.y) * second_of<E>(y.y) +
+                    first_of<E>(x.z) * first_of<E>(y.z) + second_of<E>(x.z) * second_of<E>(y.z) +
+                    first_of<E>(x.w) * first_of<E>(y.w) + second_of<E>(x.w) * second_of<E>(y.w);
+        }
+#pragma unroll
+        for (int mask = 1; mask < kPieces; mask *= 2) delta += shuffle_xor(delta, mask);
+        if (piece != 0) continue;
+        float lse = INFINITY;
+        if (r < at.rows) {
+            lse = load(p.lse + at.at(w, r));
+            if (p.dlse != nullptr) delta -= load(p.dlse + at.at(w, r));
+            if (lse == -INFINITY) lse = INFINITY, delta = 0;  // whatever dlse holds there
+            store(p.statistics + at.at(w, r), make_float2(lse * kLog2E, delta));
+        }
+        store(deltas + Shared(r * int(sizeof(float))), delta);
+        part -= exp2((sink - lse) * kLog2E) * delta;
+    }
+#pragma unroll
+    for (int mask = kPieces; mask < kWarp; mask *= 2) part += shuffle_xor(part, mask);
+    return part;
+}
+
+template <typename E, int C>
+SLM_KERNEL(4 * kWarp, 2)
+dq_kernel(const __grid_constant__ Backward p) {
+    using Shape = QueriesShape<C>;
+    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, kStep = Shape::kStep, M = kRows / 16,
+                  N = kStep / 8;
+    const WindowProblem& w = p.window;
+    const QueryTile<kRows> at(w);
+    const int thread = int(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
+    const Tile<C> queries{shared_memory() + Tile<C>::bytes(2 * warp * kRows)};  // of the warp; later its dq
+    const Tile<C> douts = queries.from(kRows);
+    const Tile<C> tiles{shared_memory() + Tile<C>::bytes(8 * kRows)};
+    const auto keys = [&](int slot) { return tiles.from(2 * slot * kTile); };
+    const auto values = [&](int slot) { return tiles.from((2 * slot + 1) * kTile); };
+    const Shared deltas = tiles.from(4 * kTile).base + Shared(warp * kRows * int(sizeof(float)));
+
+    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), at.begin, at.end,
+                                                w.D, thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), at.begin, at.end,
+                                                w.Dv, thread);
+    const auto fetch = [&](int slot) {
+        k_rows.copy(keys(slot), int(w.k.t), thread);
+        v_rows.copy(values(slot), int(w.v.t), thread);
+        commit_copies();
+    };
+    const int q_row = int(w.q.t), do_row = int(p.dout.t);
+    Copier<kRows, kWarp, C, E>(w.q.at<E>(at.b, at.row, at.head), q_row, 0, at.rows, w.D, lane)
+        .copy(queries, q_row, lane);
+    Copier<kRows, kWarp, C, E>(p.dout.at<E>(at.b, at.row, at.head), do_row, 0, at.rows, w.Dv, lane)
+        .copy(douts, do_row, lane);
+    commit_copies();
+    fetch(0);
+    wait_copies<1>();
+    sync_warp();
+    const float part = write_deltas<E>(p, at, douts, deltas);
+    if (p.parts != nullptr && lane == 0)
+        store(p.parts + (int64_t(at.head) * w.B + at.b) * QueryTile<kRows>::parts(w) + at.part, part);
+    sync_warp();
+    float lse[2 * M], delta[2 * M];
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+        const int row = 8 * r + lane / 4;
+        const float x = row < at.rows ? load(p.lse + at.at(w, row)) : -INFINITY;
+        lse[r] = x == -INFINITY ? INFINITY : x * kLog2E;
+        delta[r] = load<float>(deltas + Shared(row * int(sizeof(float))));
+    }
+    const Operand<C, M, C == 64> q_operand(queries), do_operand(douts);
+
+    float dq[M][C / 8][4] = {};
+    int distance = at.i - at.begin,
+        left = at.end - at.begin;  // of the keys of a step; and how many there are
+    for (int slot = 0; left > 0; slot ^= 1) {
+        wait_copies<0>();
+        sync_block();
+        if (left > kTile) fetch(slot ^ 1);
+#pragma unroll 1
+        for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
+            if (left <= 0 || w.window.misses(distance, kRows, kStep)) continue;
+            float s[M][N][4] = {}, dp[M][N][4] = {};
+            multiply_transposed<E>(s, q_operand, keys(slot).from(j));
+            rewrite(s, w);
+            if (left < kStep || !w.window.covers(distance, kRows, kStep))
+                hide(s, w.window, distance, left, -INFINITY);
+            const auto weigh_all = [&](auto capped) {
+#pragma unroll
+                for (int n = 0; n < M * N * 4; ++n)
+                    weigh<decltype(capped)::value>(s[n / 4 / N][n / 4 % N][n % 4], w.unit,
+                                                   lse[n / 4 / N * 2 + n % 4 / 2]);
+            };
+            w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
+            multiply_transposed<E>(dp, do_operand, values(slot).from(j));
+#pragma unroll
+            for (int n = 0; n < M * N * 4; ++n)
+                s[n / 4 / N][n / 4 % N][n % 4] *=
+                    dp[n / 4 / N][n / 4 % N][n % 4] - delta[n / 4 / N * 2 + n % 4 / 2];
+            multiply_rounded<E>(dq, s, keys(slot).from(j));
+        }
+    }
+    wait_copies<0>();
+#pragma unroll
+    for (int n = 0; n < M * C / 8 * 4; ++n) dq[n / 4 / (C / 8)][n / 4 % (C / 8)][n % 4] *= w.scale;
+    write_rows<E>(queries, dq, p.dq.at<E>(at.b, at.row, at.head), p.dq.t, at.rows, w.D);
+}
+
+template <typename E, int C>
+SLM_KERNEL(4 * kWarp, 2)
+dkv_kernel(const __grid_constant__ Backward p) {
+    using Shape = KeysShape<C>;
+    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, kStep = Shape::kStep, M = kRows / 16,
+                  N = kStep / 8;
+    const WindowProblem& w = p.window;
+    const int thread = int(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread(), group = w.Hq / w.H;
+    const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr), unit = int(blockIdx.x) / all;
+    const int h = unit % w.H, b = unit / w.H;
+    const Place place = place_of(int(blockIdx.x) % all, 4 * kRows, w.S, w.T, w.cu_k, w.cu_q, w.N);
+    const int row = place.first + warp * kRows, offset = place.length - place.other_length;
+    const int rows = place.length - row;
+    // The queries that the block's keys meet; none if it has no keys.
+    const int last = min(place.first + 4 * kRows, place.length) - 1;
+    const int begin = max(place.first - w.window.after - offset, 0);
+    const int end = place.first > last ? begin : min(last + w.window.before + 1 - offset, place.other_length);
+    const Window window = w.window.turned();
+
+    const Tile<C> keys{shared_memory() + Tile<C>::bytes(2 * warp * kRows)};  // of the warp; later its dk
+    const Tile<C> values = keys.from(kRows);  // later its dv
+    const Tile<C> tiles{shared_memory() + Tile<C>::bytes(8 * kRows)};
+    const auto queries = [&](int slot) { return tiles.from(2 * slot * kTile); };
+    const auto douts = [&](int slot) { return tiles.from((2 * slot + 1) * kTile); };
+    const auto statistics = [&](int slot) {
+        return tiles.from(4 * kTile).base + Shared(slot * kTile * int(sizeof(float2)));
+    };
+
+    using Queries = Copier<kTile, Shape::kThreads, C, E>;
+    const auto queries_of = [&](int head) {
+        return Queries(w.q.at<E>(b, place.other_start, head), int(w.q.t), begin, end, w.D, thread);
+    };
+    const auto douts_of = [&](int head) {
+        return Queries(p.dout.at<E>(b, place.other_start, head), int(p.dout.t), begin, end, w.Dv, thread);
+    };
+    int head = h * group, next = begin;  // of the tile to be copied next
+    Queries q_rows = queries_of(head), do_rows = douts_of(head);
+    float2 coming;  // statistics of the tile that is on its way, a row a thread
+    const auto fetch = [&](int slot) {
+        if (next >= end) ++head, next = begin, q_rows = queries_of(head), do_rows = douts_of(head);
+        q_rows.copy(queries(slot), int(w.q.t), thread);
+        do_rows.copy(douts(slot), int(p.dout.t), thread);
+        commit_copies();
+        coming = make_float2(INFINITY, 0);
+        if (thread < kTile && next + thread < end)
+            coming =
+                load(p.statistics + (int64_t(b) * w.Hq + head) * w.T + place.other_start + next + thread);
+        next += kTile;
+    };
+    float dk[M][C / 8][4] = {}, dv[M][C / 8][4] = {};
+    if (begin < end) {
+        const int k_row = int(w.k.t), v_row = int(w.v.t), start = place.start + row;
+        Copier<kRows, kWarp, C, E>(w.k.at<E>(b, start, h), k_row, 0, rows, w.D, lane).copy(keys, k_row, lane);
+        Copier<kRows, kWarp, C, E>(w.v.at<E>(b, start, h), v_row, 0, rows, w.Dv, lane)
+            .copy(values, v_row, lane);
+        fetch(0);
+    }
+    const Operand<C, M, false> k_operand(keys), v_operand(values);
+    constexpr int kNowhere = 1 << 30;  // meets no query
+    int slot = 0;
+    for (int g = 0; g < group; ++g) {
+        int distance = rows > 0 ? row - offset - begin : kNowhere, left = end - begin;
+        for (; left > 0; slot ^= 1) {
+            wait_copies<0>();
+            if (thread < kTile) store(statistics(slot) + Shared(thread * int(sizeof(float2))), coming);
+            sync_block();
+            if (left > kTile || g + 1 < group) fetch(slot ^ 1);
+#pragma unroll 1
+            for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
+                if (left <= 0 || window.misses(distance, kRows, kStep)) continue;
+                float s[M][N][4] = {};
+                multiply_transposed<E>(s, k_operand, queries(slot).from(j));
+                rewrite(s, w);
+                if (left < kStep || !window.covers(distance, kRows, kStep))
+                    hide(s, window, distance, left, -INFINITY);
+                const Shared at = statistics(slot) + Shared((j + 2 * (lane % 4)) * int(sizeof(float2)));
+                uint32_t rounded[M][N / 2][4];
+                const auto weigh_all = [&](auto capped) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            float d[4];
+#pragma unroll
+                            for (int e = 0; e < 4; ++e)
+                                d[e] =
+                                    weigh<decltype(capped)::value>(s[m][n][e], w.unit, e % 2 ? two.z : two.x);
+                            rounded[m][n / 2][n % 2 * 2] = pack<E>(d[0], d[1]);
+                            rounded[m][n / 2][n % 2 * 2 + 1] = pack<E>(d[2], d[3]);
+                        }
+                    }
+                };
+                w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
+                multiply_rounded<E>(dv, rounded, douts(slot).from(j));
+                float dp[M][N][4] = {};
+                multiply_transposed<E>(dp, v_operand, douts(slot).from(j));
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - (e % 2 ? two.w : two.y);
+                }
+                multiply_rounded<E>(dk, s, queries(slot).from(j));
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < M * C / 8 * 4; ++n) dk[n / 4 / (C / 8)][n / 4 % (C / 8)][n % 4] *= w.scale;
+    write_rows<E>(keys, dk, p.dk.at<E>(b, place.start + row, h), p.dk.t, rows, w.D);
+    write_rows<E>(values, dv, p.dv.at<E>(b, place.start + row, h), p.dv.t, rows, w.Dv);
+}
+
+// Sums the parts [Hq, n] of each head, in one order.
+SLM_KERNEL(kWarp, 1)
+sinks_kernel(const float* parts, int n, float* dsinks) {
+    float sum = 0;
+    for (int x = lane_of_thread(); x < n; x += kWarp) sum += load(parts + int64_t(blockIdx.x) * n + x);
+    for (int mask = 1; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane_of_thread() == 0) store(dsinks + blockIdx.x, sum);
+}
+
+template <typename E, int C>
+void launch_backward(const Device& device, const Backward& p) {
+    const WindowProblem& w = p.window;
+    using Queries = QueriesShape<C>;
+    using Keys = KeysShape<C>;
+    device.launch(dq_kernel<E, C>, dim3(unsigned(QueryTile<Queries::kRows>::blocks(w))), Queries::kThreads,
+                  Queries::kBytes, p);
+    const int64_t tiles = tile_count(w.S, 4 * Keys::kRows, w.N, w.cu_k != nullptr);
+    device.launch(dkv_kernel<E, C>, dim3(unsigned(tiles * w.B * w.H)), Keys::kThreads, Keys::kBytes, p);
+}
+
+template <typename E>
+void run_backward(const Device& device, const Backward& p, bool wide) {
+    wide ? launch_backward<E, 128>(device, p) : launch_backward<E, 64>(device, p);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional dlse, const Tensor& q,
+                                                    const Tensor& k, const Tensor& v, const Tensor& o,
+                                                    const Tensor& lse, Optional sinks, Optional cu,
+                                                    Optional cu_k, int64_t left, int64_t right, double scale,
+                                                    double softcap) {
+    const Device device(q);
+    const WindowArguments in = read_window(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
+    sliding_window::check_backward(dout, dlse, q, v, o, lse);
+    const WindowProblem& w = in.problem;
+    const Tensor douts = aligned_rows(dout), outs = aligned_rows(o), lses = torch::stable::contiguous(lse);
+    Optional dlses;
+    if (dlse.has_value()) dlses = torch::stable::contiguous(*dlse);
+    const Tensor dq = torch::stable::new_empty(q, {w.B, w.T, w.Hq, w.D});
+    const Tensor dk = torch::stable::new_empty(q, {w.B, w.S, w.H, w.D});
+    const Tensor dv = torch::stable::new_empty(q, {w.B, w.S, w.H, w.Dv});
+    const Tensor dsinks = torch::stable::new_empty(lses, {w.sinks != nullptr ? w.Hq : 0});
+    const bool wide = std::max(w.D, w.Dv) > 64;
+    const int parts = w.B * (wide ? QueryTile<QueriesShape<128>::kRows>::parts(w)
+                                  : QueryTile<QueriesShape<64>::kRows>::parts(w));
+    const Tensor sums = torch::stable::new_empty(lses, {w.sinks != nullptr ? w.Hq : 0, parts});
+    const Tensor statistics = torch::stable::new_empty(lses, {w.B, w.Hq, w.T, 2});
+    const Backward p{w,
+                     kernel_rows(douts),
+                     kernel_rows(outs),
+                     kernel_rows(dq),
+                     kernel_rows(dk),
+                     kernel_rows(dv),
+                     pointer<float>(lses),
+                     dlses.has_value() ? pointer<float>(*dlses) : nullptr,
+                     pointer<float2>(statistics),
+                     w.sinks != nullptr ? pointer<float>(sums) : nullptr};
+    SLM_DISPATCH_16BIT(q, run_backward, device, p, wide);
+    if (w.sinks != nullptr)
+        device.launch(sinks_kernel, dim3(unsigned(w.Hq)), kWarp, 0,
+                      static_cast<const float*>(pointer<float>(sums)), parts, pointer<float>(dsinks));
+    return {dq, dk, dv, dsinks};
+}
+
+}  // namespace
+}  // namespace slm
+
+SLM_CUDA_OPERATORS(m) { m.impl("sliding_window_backward", TORCH_BOX(&slm::backward)); }

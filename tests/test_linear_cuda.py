@@ -245,7 +245,9 @@ def test_beyond_the_range_of_float16(row):
 def test_spoilt_tokens_reach_no_earlier_one(row, dtype):
     leaves, options = leaves_of(row, dtype, T=130, H=1, K=16, V=16)
     clean = results(cuda, leaves, options)["o"]
-    for name, value in itertools.product("qkv", (torch.nan, torch.inf)):
+    cases = [*itertools.product("qkv", (torch.nan, torch.inf))]
+    cases += [(name, torch.nan) for name in ("decay", "beta") if name in leaves and row != "retention"]
+    for name, value in cases:
         spoilt = {**leaves, name: leaves[name].clone()}
         spoilt[name][:, 85] = value
         got = results(cuda, spoilt, options)["o"]

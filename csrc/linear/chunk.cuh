@@ -103,8 +103,7 @@ struct Stage {
 // Behind the stages: the normaliser [K], and with beta the blocks of L on the diagonal, one a maker.
 template <int K, bool DELTA>
 struct Layout {
-    static constexpr int kRow =
-        24;  // floats: the float2s of lanes in neighbouring rows lie in different banks
+    static constexpr int kRow = 24;  // floats: the float2s of neighbouring rows lie in different banks
     static constexpr int bytes(int stages) {
         return stages * Stage<K, DELTA>::kBytes + (K + (DELTA ? kChunk * kRow : 0)) * 4;
     }
@@ -136,8 +135,8 @@ SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
                 largest = fmaxf(largest, fabsf(x[n][e]) < kInfinity ? fabsf(x[n][e]) : 0.f);
 #pragma unroll
         for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-        return min(max(target + 127 - int(as_bits(largest) >> 23), -30),
-                   30);  // products of three stay finite
+        const int exponent = target + 127 - int(as_bits(largest) >> 23);
+        return min(max(exponent, -30), 30);  // products of three powers stay finite
     } else {
         return 0;
     }
@@ -186,15 +185,17 @@ SLM_DEVICE void store_gates(const Problem& p, Stage<K, DELTA> stage, const Gates
     const int token = 2 * lane_of_thread();
     double sums[2] = {};
     if (p.decays != Decay::none) {
-        constexpr double kLog2E = 1.4426950408889634;
-        const double second = fmaxf(gates.gate[1], -200.f) * kLog2E;
-        double sum = fmaxf(gates.gate[0], -200.f) * kLog2E + second;
+        for (int n = 0; n < 2; ++n)  // a NaN stays one
+            sums[n] = (gates.gate[n] < -200.f ? -200.f : gates.gate[n]) * 1.4426950408889634;
+        double sum = sums[0] + sums[1];
 #pragma unroll
         for (int delta = 1; delta < kWarp; delta *= 2) {
             const double before = shuffle_up(sum, delta);
             if (lane_of_thread() >= delta) sum += before;
         }
-        sums[0] = sum - second, sums[1] = sum;
+        const double before = shuffle_up(sum, 1);
+        if (lane_of_thread() > 0) sums[0] += before;
+        sums[1] = sum;
     }
     const float2 high = make_float2(float(sums[0]), float(sums[1]));
     store(stage.factor(kHigh, token), high);

@@ -25,7 +25,9 @@ struct Problem {
 
     int64_t blocks() const { return (T + kBlock - 1) / kBlock; }
     // Are the weights a softmax over the chosen experts?
-    constexpr bool among_chosen() const { return score != Score::sigmoid && (renormalize || score != Score::softmax); }
+    constexpr bool among_chosen() const {
+        return score != Score::sigmoid && (renormalize || score != Score::softmax);
+    }
 };
 
 struct Choice {

@@ -6,7 +6,7 @@
 // [B, H, W, Dv], contiguous; token p stands in slot p % W.
 //
 // Split: a block of 128 threads takes the `keys` slots of one split of one ring, for up to G of the query heads
-// that share it, so that the ring is read once (a group of more than 8 heads reads it again, from L2). Three
+// that share it, so that the ring is read once (more than 8 heads, 4 in float32, read it again, from L2). Three
 // phases over its slots: scores to shared memory, their maximum and exponentials, the sum over values. A row of
 // the ring lies across L threads, 8 numbers each, so L = 8, 16, 32 for head sizes up to 64, 128, 256, and a warp
 // reads 32 / L rows with one load of 16 bytes a thread. A thread has 8 such loads in flight (float32: 4 of 32
@@ -40,7 +40,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kMostKeys = 512;  // of a block: its scores stand in shared memory
-constexpr int kLeastKeys = 64;  // a split of fewer is not worth its merge
+constexpr int kLeastKeys = 128;  // a split of fewer is not worth its merge
 constexpr int kTicketBits = 48;  // of `position`, below the ticket
 constexpr float kInfinity = __builtin_huge_valf(), kLog2e = 1.44269504f;
 

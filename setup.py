@@ -143,7 +143,15 @@ class Build(build_ext):
         host += ["-Werror"] if STRICT else []
         threads = min(len(self.architectures), max(1, jobs() // len(sources("_C_cuda"))))
         return [
-            *(self.nvcc, *self.host_compiler(), f"--threads={threads}", "-std=c++17", "-O3", "-lineinfo"),
+            *(
+                self.nvcc,
+                *self.host_compiler(),
+                f"--threads={threads}",
+                "-std=c++17",
+                "-O3",
+                "-lineinfo",
+                "--expt-relaxed-constexpr",
+            ),
             *(*strict, f"-Xcompiler={','.join(host)}", "-Xptxas=-v", "-DUSE_CUDA", *self.torch_flags()),
             *setup_cuda.gencode(self.architectures, known),
         ]

@@ -7,6 +7,7 @@
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -73,10 +74,23 @@ def reason_against_kernel(device: torch.device) -> str | None:
 
 
 def reason_against_gpu(device: torch.device) -> str | None:
-    """None where `device` is new enough for the CUDA C++ kernels, or no GPU, else why not."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "CUDA kernels need compute capability 8.0"
-    return None
+    """None where the CUDA C++ kernels were built for the GPU at `device`, or it is none, else why not."""
+    if device.type != "cuda":
+        return None
+    capability, report = torch.cuda.get_device_capability(device), build_report("_C_cuda")
+    if runs_on(report, capability):
+        return None
+    return f"the CUDA library is {report}, this GPU has {capability[0]}.{capability[1]}: see TORCH_CUDA_ARCH_LIST"
+
+
+def runs_on(report: str, capability: tuple[int, int]) -> bool:
+    """Is there code for a GPU in a library that setup.py reports as 'built for 8.0;9.0a+PTX ...'?"""
+    for major, minor, kind, ptx in re.findall(r"(?<![\d.])(\d+)\.(\d)([af]?)(\+PTX)?(?=[;, ])", report):
+        built = int(major), int(minor)
+        same = capability == built if kind else capability[0] == built[0] and capability >= built
+        if same or (ptx and capability >= built):
+            return True
+    return False
 
 
 def reason_against_16bit(x: torch.Tensor) -> str | None:

@@ -379,3 +379,21 @@ def test_the_library_loads_beside_a_libtorch_cuda(summary, tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("report", "capability", "runs"),
+    [
+        ("built for 8.0;9.0a (nvcc 13.0)", (8, 0), True),
+        ("built for 8.0;9.0a (nvcc 13.0)", (8, 9), True),
+        ("built for 8.0;9.0a (nvcc 13.0)", (9, 0), True),
+        ("built for 8.0;9.0a (nvcc 13.0)", (10, 0), False),
+        ("built for 8.0;9.0a (nvcc 13.0)", (13, 0), False),
+        ("built for 8.0;9.0a (nvcc 13.0)", (7, 5), False),
+        ("built for 8.6;9.0a+PTX (nvcc 12.4)", (8, 0), False),
+        ("built for 8.6;9.0a+PTX (nvcc 12.4)", (12, 0), True),
+        ("no nvcc found when slmkernels was installed", (9, 0), False),
+    ],
+)
+def test_a_library_runs_on_the_gpus_it_has_code_for(report, capability, runs):
+    assert native.runs_on(report, capability) == runs

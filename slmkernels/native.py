@@ -80,7 +80,8 @@ def reason_against_gpu(device: torch.device) -> str | None:
     capability, report = torch.cuda.get_device_capability(device), build_report("_C_cuda")
     if runs_on(report, capability):
         return None
-    return f"the CUDA library is {report}, this GPU has {capability[0]}.{capability[1]}: see TORCH_CUDA_ARCH_LIST"
+    major, minor = capability
+    return f"the CUDA library is {report}, this GPU is {major}.{minor}: see TORCH_CUDA_ARCH_LIST"
 
 
 def runs_on(report: str, capability: tuple[int, int]) -> bool:

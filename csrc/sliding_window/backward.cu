@@ -1,4 +1,6 @@
 // Sliding-window attention, backward.
+#include <type_traits>
+
 #include "window.cuh"
 
 namespace slm {
@@ -24,8 +26,7 @@ template <int C>
 struct KeysShape {
     static constexpr int kRows = C == 64 ? 32 : 16;  // keys a warp
     static constexpr int kThreads = 4 * kWarp;
-    static constexpr int kTile = C == 64 ? 64 : 32,
-                         kStep = 32;  // queries copied, queries multiplied at a time
+    static constexpr int kTile = 32;  // queries copied, and multiplied, at a time
     static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 2 * kTile * int(sizeof(float2));
 };
 
@@ -93,22 +94,20 @@ dq_kernel(const __grid_constant__ Backward p) {
     const auto values = [&](int slot) { return tiles.from((2 * slot + 1) * kTile); };
     const Shared deltas = tiles.from(4 * kTile).base + Shared(warp * kRows * int(sizeof(float)));
 
-    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), at.begin, at.end,
-                                                w.D, thread);
-    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), at.begin, at.end,
-                                                w.Dv, thread);
-    const auto fetch = [&](int slot) {
-        k_rows.copy(keys(slot), int(w.k.t), thread);
-        v_rows.copy(values(slot), int(w.v.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), at.begin, thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), at.begin, thread);
+    const auto fetch = [&](int slot, int rows) {
+        k_rows.copy(keys(slot), int(w.k.t), rows, w.D, thread);
+        v_rows.copy(values(slot), int(w.v.t), rows, w.Dv, thread);
         commit_copies();
     };
     const int q_row = int(w.q.t), do_row = int(p.dout.t);
-    Copier<kRows, kWarp, C, E>(w.q.at<E>(at.b, at.row, at.head), q_row, 0, at.rows, w.D, lane)
-        .copy(queries, q_row, lane);
-    Copier<kRows, kWarp, C, E>(p.dout.at<E>(at.b, at.row, at.head), do_row, 0, at.rows, w.Dv, lane)
-        .copy(douts, do_row, lane);
+    Copier<kRows, kWarp, C, E>(w.q.at<E>(at.b, at.row, at.head), q_row, 0, lane)
+        .copy(queries, q_row, at.rows, w.D, lane);
+    Copier<kRows, kWarp, C, E>(p.dout.at<E>(at.b, at.row, at.head), do_row, 0, lane)
+        .copy(douts, do_row, at.rows, w.Dv, lane);
     commit_copies();
-    fetch(0);
+    fetch(0, at.end - at.begin);
     wait_copies<1>();
     sync_warp();
     const float part = write_deltas<E>(p, at, douts, deltas);
@@ -131,7 +130,7 @@ dq_kernel(const __grid_constant__ Backward p) {
     for (int slot = 0; left > 0; slot ^= 1) {
         wait_copies<0>();
         sync_block();
-        if (left > kTile) fetch(slot ^ 1);
+        if (left > kTile) fetch(slot ^ 1, left - kTile);
 #pragma unroll 1
         for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
             if (left <= 0 || w.window.misses(distance, kRows, kStep)) continue;
@@ -165,12 +164,11 @@ template <typename E, int C>
 SLM_KERNEL(4 * kWarp, 2)
 dkv_kernel(const __grid_constant__ Backward p) {
     using Shape = KeysShape<C>;
-    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, kStep = Shape::kStep, M = kRows / 16,
-                  N = kStep / 8;
+    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, M = kRows / 16, N = kTile / 8;
     const WindowProblem& w = p.window;
     const int thread = int(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread(), group = w.Hq / w.H;
-    const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr), unit = int(blockIdx.x) / all;
-    const int h = unit % w.H, b = unit / w.H;
+    const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr);
+    const int h = int(blockIdx.y), b = int(blockIdx.x) / all;
     const Place place = place_of(int(blockIdx.x) % all, 4 * kRows, w.S, w.T, w.cu_k, w.cu_q, w.N);
     const int row = place.first + warp * kRows, offset = place.length - place.other_length;
     const int rows = place.length - row;
@@ -191,83 +189,81 @@ dkv_kernel(const __grid_constant__ Backward p) {
 
     using Queries = Copier<kTile, Shape::kThreads, C, E>;
     const auto queries_of = [&](int head) {
-        return Queries(w.q.at<E>(b, place.other_start, head), int(w.q.t), begin, end, w.D, thread);
+        return Queries(w.q.at<E>(b, place.other_start, head), int(w.q.t), begin, thread);
     };
     const auto douts_of = [&](int head) {
-        return Queries(p.dout.at<E>(b, place.other_start, head), int(p.dout.t), begin, end, w.Dv, thread);
+        return Queries(p.dout.at<E>(b, place.other_start, head), int(p.dout.t), begin, thread);
     };
-    int head = h * group, next = begin;  // of the tile to be copied next
-    Queries q_rows = queries_of(head), do_rows = douts_of(head);
+    Queries q_rows = queries_of(h * group), do_rows = douts_of(h * group);
     float2 coming;  // statistics of the tile that is on its way, a row a thread
-    const auto fetch = [&](int slot) {
-        if (next >= end) ++head, next = begin, q_rows = queries_of(head), do_rows = douts_of(head);
-        q_rows.copy(queries(slot), int(w.q.t), thread);
-        do_rows.copy(douts(slot), int(p.dout.t), thread);
+    const auto fetch = [&](int slot, int g, int rows) {
+        if (g > 0 && rows == end - begin)
+            q_rows = queries_of(h * group + g), do_rows = douts_of(h * group + g);
+        q_rows.copy(queries(slot), int(w.q.t), rows, w.D, thread);
+        do_rows.copy(douts(slot), int(p.dout.t), rows, w.Dv, thread);
         commit_copies();
         coming = make_float2(INFINITY, 0);
-        if (thread < kTile && next + thread < end)
-            coming =
-                load(p.statistics + (int64_t(b) * w.Hq + head) * w.T + place.other_start + next + thread);
-        next += kTile;
+        if (thread < kTile && thread < rows) {
+            const int64_t first = (int64_t(b) * w.Hq + h * group + g) * w.T + place.other_start + end - rows;
+            coming = load(p.statistics + first + thread);
+        }
     };
     float dk[M][C / 8][4] = {}, dv[M][C / 8][4] = {};
     if (begin < end) {
         const int k_row = int(w.k.t), v_row = int(w.v.t), start = place.start + row;
-        Copier<kRows, kWarp, C, E>(w.k.at<E>(b, start, h), k_row, 0, rows, w.D, lane).copy(keys, k_row, lane);
-        Copier<kRows, kWarp, C, E>(w.v.at<E>(b, start, h), v_row, 0, rows, w.Dv, lane)
-            .copy(values, v_row, lane);
-        fetch(0);
+        Copier<kRows, kWarp, C, E>(w.k.at<E>(b, start, h), k_row, 0, lane).copy(keys, k_row, rows, w.D, lane);
+        Copier<kRows, kWarp, C, E>(w.v.at<E>(b, start, h), v_row, 0, lane)
+            .copy(values, v_row, rows, w.Dv, lane);
+        fetch(0, 0, end - begin);
     }
     const Operand<C, M, false> k_operand(keys), v_operand(values);
     constexpr int kNowhere = 1 << 30;  // meets no query
     int slot = 0;
     for (int g = 0; g < group; ++g) {
         int distance = rows > 0 ? row - offset - begin : kNowhere, left = end - begin;
-        for (; left > 0; slot ^= 1) {
+        for (; left > 0; slot ^= 1, distance -= kTile, left -= kTile) {
             wait_copies<0>();
             if (thread < kTile) store(statistics(slot) + Shared(thread * int(sizeof(float2))), coming);
             sync_block();
-            if (left > kTile || g + 1 < group) fetch(slot ^ 1);
-#pragma unroll 1
-            for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
-                if (left <= 0 || window.misses(distance, kRows, kStep)) continue;
-                float s[M][N][4] = {};
-                multiply_transposed<E>(s, k_operand, queries(slot).from(j));
-                rewrite(s, w);
-                if (left < kStep || !window.covers(distance, kRows, kStep))
-                    hide(s, window, distance, left, -INFINITY);
-                const Shared at = statistics(slot) + Shared((j + 2 * (lane % 4)) * int(sizeof(float2)));
-                uint32_t rounded[M][N / 2][4];
-                const auto weigh_all = [&](auto capped) {
-#pragma unroll
-                    for (int n = 0; n < N; ++n) {
-                        const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
-#pragma unroll
-                        for (int m = 0; m < M; ++m) {
-                            float d[4];
-#pragma unroll
-                            for (int e = 0; e < 4; ++e)
-                                d[e] =
-                                    weigh<decltype(capped)::value>(s[m][n][e], w.unit, e % 2 ? two.z : two.x);
-                            rounded[m][n / 2][n % 2 * 2] = pack<E>(d[0], d[1]);
-                            rounded[m][n / 2][n % 2 * 2 + 1] = pack<E>(d[2], d[3]);
-                        }
-                    }
-                };
-                w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
-                multiply_rounded<E>(dv, rounded, douts(slot).from(j));
-                float dp[M][N][4] = {};
-                multiply_transposed<E>(dp, v_operand, douts(slot).from(j));
+            if (left > kTile || g + 1 < group)
+                fetch(slot ^ 1, left > kTile ? g : g + 1, left > kTile ? left - kTile : end - begin);
+            if (window.misses(distance, kRows, kTile)) continue;
+            float s[M][N][4] = {};
+            multiply_transposed<E>(s, k_operand, queries(slot));
+            rewrite(s, w);
+            if (left < kTile || !window.covers(distance, kRows, kTile))
+                hide(s, window, distance, left, -INFINITY);
+            const Shared at = statistics(slot) + Shared(2 * (lane % 4) * int(sizeof(float2)));
+            const auto two_of = [&](int n) { return load<float4>(at + Shared(8 * n * int(sizeof(float2)))); };
+            uint32_t rounded[M][N / 2][4];
+            const auto weigh_all = [&](auto capped) {
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+                    const float4 two = two_of(n);  // lse and delta of a query, and of the next
 #pragma unroll
-                    for (int m = 0; m < M; ++m)
+                    for (int m = 0; m < M; ++m) {
+                        float d[4];
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - (e % 2 ? two.w : two.y);
+                        for (int e = 0; e < 4; ++e)
+                            d[e] = weigh<decltype(capped)::value>(s[m][n][e], w.unit, e % 2 ? two.z : two.x);
+                        rounded[m][n / 2][n % 2 * 2] = pack<E>(d[0], d[1]);
+                        rounded[m][n / 2][n % 2 * 2 + 1] = pack<E>(d[2], d[3]);
+                    }
                 }
-                multiply_rounded<E>(dk, s, queries(slot).from(j));
+            };
+            w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
+            multiply_rounded<E>(dv, rounded, douts(slot));
+            float dp[M][N][4] = {};
+            multiply_transposed<E>(dp, v_operand, douts(slot));
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float4 two = two_of(n);
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - (e % 2 ? two.w : two.y);
             }
+            multiply_rounded<E>(dk, s, queries(slot));
         }
     }
 #pragma unroll
@@ -293,7 +289,8 @@ void launch_backward(const Device& device, const Backward& p) {
     device.launch(dq_kernel<E, C>, dim3(unsigned(QueryTile<Queries::kRows>::blocks(w))), Queries::kThreads,
                   Queries::kBytes, p);
     const int64_t tiles = tile_count(w.S, 4 * Keys::kRows, w.N, w.cu_k != nullptr);
-    device.launch(dkv_kernel<E, C>, dim3(unsigned(tiles * w.B * w.H)), Keys::kThreads, Keys::kBytes, p);
+    device.launch(dkv_kernel<E, C>, dim3(unsigned(tiles * w.B), unsigned(w.H)), Keys::kThreads, Keys::kBytes,
+                  p);
 }
 
 template <typename E>

@@ -129,27 +129,27 @@ struct QueryTile {
 
 // --- Tiles ------------------------------------------------------------------------------------------------
 
-// Copies rows [first, end) tile by tile, kRows rows a tile and zeros past the end, by kThreads threads. A thread keeps
-// to one piece of the rows and steps down, so that few registers say where it is.
+// Copies rows from `first` on tile by tile, kRows rows a tile, by kThreads threads. A thread keeps to one piece of the
+// rows and steps down, so that one pointer says where it is.
 template <int kRows, int kThreads, int C, typename E>
 class Copier {
   public:
-    SLM_DEVICE Copier(const E* from, int stride, int first, int end, int columns, int thread)
-        : next_(from + int64_t(first + thread / kPieces) * stride + thread % kPieces * 8),
-          left_(thread % kPieces * 8 < columns ? end - first - thread / kPieces : 0) {}
+    SLM_DEVICE Copier(const E* from, int stride, int first, unsigned thread)
+        : next_(from + int64_t(first + int(thread / kPieces)) * stride + thread % kPieces * 8) {}
 
-    SLM_DEVICE void copy(Tile<C> to, int stride, int thread) {
+    // The next tile: only its first `rows` rows and `columns` columns, zeros besides.
+    SLM_DEVICE void copy(Tile<C> to, int stride, int rows, int columns, unsigned thread) {
+        const int piece = int(thread % kPieces), first = int(thread / kPieces),
+                  end = piece * 8 < columns ? rows - first : 0;
 #pragma unroll
         for (int row = 0; row < kRows; row += kStep, next_ += int64_t(kStep) * stride)
-            copy_async(to.piece(row + thread / kPieces, thread % kPieces), next_, row < left_);
-        left_ -= kRows;
+            copy_async(to.piece(row + first, piece), next_, row < end);
     }
 
   private:
     static constexpr int kPieces = Tile<C>::kPieces, kStep = kThreads / kPieces;
     static_assert(kRows % kStep == 0);
     const E* next_;
-    int left_;
 };
 
 // The rows of a tile as operand a: read again each time, or held in registers.

@@ -35,16 +35,16 @@ forward_kernel(const __grid_constant__ Forward p) {
     const auto values = [&](int slot) { return Tile<C>{tiles + Tile<C>::bytes((2 * slot + 1) * kTile)}; };
     const E* q = w.q.at<E>(at.b, at.row, at.head);
 
-    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), at.begin, thread);
-    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), at.begin, thread);
+    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), thread);
     const auto fetch = [&](int slot, int rows) {
         k_rows.copy(keys(slot), int(w.k.t), rows, w.D, thread);
         v_rows.copy(values(slot), int(w.v.t), rows, w.Dv, thread);
         commit_copies();
     };
-    Copier<kRows, kWarp, C, E>(q, int(w.q.t), 0, lane).copy(queries, int(w.q.t), at.rows, w.D, lane);
+    Copier<kRows, kWarp, C, E>(q, int(w.q.t), lane).copy(queries, int(w.q.t), at.rows, w.D, lane);
     commit_copies();
-    fetch(0, at.end - at.begin);
+    fetch(0, at.count);
     wait_copies<1>();
     sync_warp();
     const Operand<C, M, C == 64> operand(queries);
@@ -55,8 +55,7 @@ forward_kernel(const __grid_constant__ Forward p) {
 #pragma unroll
         for (int n = 0; n < C / 8; ++n) o[m][n][2 * half] *= factor, o[m][n][2 * half + 1] *= factor;
     };
-    int distance = at.i - at.begin,
-        left = at.end - at.begin;  // of the keys of a step; and how many there are
+    int distance = at.distance, left = at.count;  // of the keys of a step; keys from there on
     for (int slot = 0; left > 0; slot ^= 1) {
         wait_copies<0>();
         sync_block();

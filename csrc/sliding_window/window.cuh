@@ -87,9 +87,8 @@ struct QueryTile {
     int b, h, head;  // batch entry, key-value head, the warp's query head
     int part;  // which of the `parts` runs of kRows rows of a head
     int row, rows;  // the warp's first row in the tensor, and how many there are up to its sequence's end
-    int i;  // the first row's position
-    int begin, end;  // the keys that the block meets; none if it has no rows
-    int key;  // row of the sequence's first key
+    int key, count;  // the first key that the block meets, in the tensor, and how many there are
+    int distance;  // of the warp's first row after that key
 
     // Rows of a head in a block.
     static constexpr int rows_of(int group) { return 4 / heads_of_block(group) * kRows; }
@@ -114,12 +113,13 @@ struct QueryTile {
         part = tile * (4 / heads) + warp / heads;
         const Place place = place_of(tile, rows_of(group), p.T, p.S, p.cu_q, p.cu_k, p.N);
         const int first = place.first + warp / heads * kRows, offset = place.other_length - place.length;
-        row = place.start + first, rows = place.length - first, key = place.other_start;
-        constexpr int kNowhere = 1 << 30;  // meets no key
-        i = rows > 0 ? first + offset : kNowhere;
+        const int begin = max(place.first + offset - p.window.before, 0);
         const int last = min(place.first + rows_of(group), place.length) - 1;
-        begin = max(place.first + offset - p.window.before, 0);
-        end = place.first > last ? begin : min(last + offset + p.window.after + 1, place.other_length);
+        const int end = min(last + offset + p.window.after + 1, place.other_length);
+        row = place.start + first, rows = place.length - first;
+        key = place.other_start + begin, count = place.first > last ? 0 : max(end - begin, 0);
+        constexpr int kNowhere = 1 << 30;  // meets no key
+        distance = rows > 0 ? first + offset - begin : kNowhere;
     }
     // Row r of the warp in lse [B, Hq, T].
     SLM_DEVICE int64_t at(const WindowProblem& p, int r) const {
@@ -129,13 +129,13 @@ struct QueryTile {
 
 // --- Tiles ------------------------------------------------------------------------------------------------
 
-// Copies rows from `first` on tile by tile, kRows rows a tile, by kThreads threads. A thread keeps to one piece of the
+// Copies rows tile by tile, kRows rows a tile, by kThreads threads. A thread keeps to one piece of the
 // rows and steps down, so that one pointer says where it is.
 template <int kRows, int kThreads, int C, typename E>
 class Copier {
   public:
-    SLM_DEVICE Copier(const E* from, int stride, int first, unsigned thread)
-        : next_(from + int64_t(first + int(thread / kPieces)) * stride + thread % kPieces * 8) {}
+    SLM_DEVICE Copier(const E* from, int stride, unsigned thread)
+        : next_(from + int64_t(thread / kPieces) * stride + thread % kPieces * 8) {}
 
     // The next tile: only its first `rows` rows and `columns` columns, zeros besides.
     SLM_DEVICE void copy(Tile<C> to, int stride, int rows, int columns, unsigned thread) {

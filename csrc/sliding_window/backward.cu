@@ -26,7 +26,8 @@ template <int C>
 struct KeysShape {
     static constexpr int kRows = C == 64 ? 32 : 16;  // keys a warp
     static constexpr int kThreads = 4 * kWarp;
-    static constexpr int kTile = 32;  // queries copied, and multiplied, at a time
+    static constexpr int kTile = C == 64 ? 64 : 32;  // queries copied at a time
+    static constexpr int kStep = C == 64 ? 16 : 32;  // queries multiplied at a time
     static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 2 * kTile * int(sizeof(float2));
 };
 
@@ -163,7 +164,8 @@ template <typename E, int C>
 SLM_KERNEL(4 * kWarp, 2)
 dkv_kernel(const __grid_constant__ Backward p) {
     using Shape = KeysShape<C>;
-    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, M = kRows / 16, N = kTile / 8;
+    constexpr int kRows = Shape::kRows, kTile = Shape::kTile, kStep = Shape::kStep, M = kRows / 16,
+                  N = kStep / 8;
     const WindowProblem& w = p.window;
     const int thread = int(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread(), group = w.Hq / w.H;
     const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr);
@@ -196,16 +198,15 @@ dkv_kernel(const __grid_constant__ Backward p) {
         return Queries(p.dout.at<E>(b, start, head), int(p.dout.t), thread);
     };
     Queries q_rows = queries_of(h * group), do_rows = douts_of(h * group);
-    float2 coming;  // statistics of the tile that is on its way, a row a thread
     const auto fetch = [&](int slot, int g, int left) {
         if (g > 0 && left == count) q_rows = queries_of(h * group + g), do_rows = douts_of(h * group + g);
         q_rows.copy(queries(slot), int(w.q.t), left, w.D, thread);
         do_rows.copy(douts(slot), int(p.dout.t), left, w.Dv, thread);
+        const int64_t first = (int64_t(b) * w.Hq + h * group + g) * w.T + (start + count - left);
+        if (thread < kTile)
+            copy_async_8(statistics(slot) + Shared(thread * int(sizeof(float2))),
+                         p.statistics + first + thread, thread < left);
         commit_copies();
-        coming = make_float2(INFINITY, 0);
-        if (thread < kTile && thread < left)
-            coming = load(p.statistics + (int64_t(b) * w.Hq + h * group + g) * w.T + (start + count - left) +
-                          thread);
     };
     float dk[M][C / 8][4] = {}, dv[M][C / 8][4] = {};
     if (count > 0) {
@@ -218,49 +219,54 @@ dkv_kernel(const __grid_constant__ Backward p) {
     int slot = 0;
     for (int g = 0; g < group; ++g) {
         int distance = first, left = count;
-        for (; left > 0; slot ^= 1, distance -= kTile, left -= kTile) {
+        for (; left > 0; slot ^= 1) {
             wait_copies<0>();
-            if (thread < kTile) store(statistics(slot) + Shared(thread * int(sizeof(float2))), coming);
             sync_block();
             if (left > kTile || g + 1 < group)
                 fetch(slot ^ 1, left > kTile ? g : g + 1, left > kTile ? left - kTile : count);
-            if (window.misses(distance, kRows, kTile)) continue;
-            float s[M][N][4] = {};
-            multiply_transposed<E>(s, k_operand, queries(slot));
-            rewrite(s, w);
-            if (left < kTile || !window.covers(distance, kRows, kTile))
-                hide(s, window, distance, left, -INFINITY);
-            const Shared at = statistics(slot) + Shared(2 * (lane % 4) * int(sizeof(float2)));
-            const auto two_of = [&](int n) { return load<float4>(at + Shared(8 * n * int(sizeof(float2)))); };
-            uint32_t rounded[M][N / 2][4];
-            const auto weigh_all = [&](auto capped) {
+#pragma unroll 1
+            for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
+                if (left <= 0 || window.misses(distance, kRows, kStep)) continue;
+                float s[M][N][4] = {};
+                multiply_transposed<E>(s, k_operand, queries(slot).from(j));
+                rewrite(s, w);
+                if (left < kStep || !window.covers(distance, kRows, kStep))
+                    hide(s, window, distance, left, -INFINITY);
+                const Shared at = statistics(slot) + Shared((j + 2 * (lane % 4)) * int(sizeof(float2)));
+                const auto two_of = [&](int n) {
+                    return load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+                };
+                uint32_t rounded[M][N / 2][4];
+                const auto weigh_all = [&](auto capped) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        const float4 two = two_of(n);  // lse and delta of a query, and of the next
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            float d[4];
+#pragma unroll
+                            for (int e = 0; e < 4; ++e)
+                                d[e] =
+                                    weigh<decltype(capped)::value>(s[m][n][e], w.unit, e % 2 ? two.z : two.x);
+                            rounded[m][n / 2][n % 2 * 2] = pack<E>(d[0], d[1]);
+                            rounded[m][n / 2][n % 2 * 2 + 1] = pack<E>(d[2], d[3]);
+                        }
+                    }
+                };
+                w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
+                multiply_rounded<E>(dv, rounded, douts(slot).from(j));
+                float dp[M][N][4] = {};
+                multiply_transposed<E>(dp, v_operand, douts(slot).from(j));
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    const float4 two = two_of(n);  // lse and delta of a query, and of the next
+                    const float4 two = two_of(n);
 #pragma unroll
-                    for (int m = 0; m < M; ++m) {
-                        float d[4];
+                    for (int m = 0; m < M; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            d[e] = weigh<decltype(capped)::value>(s[m][n][e], w.unit, e % 2 ? two.z : two.x);
-                        rounded[m][n / 2][n % 2 * 2] = pack<E>(d[0], d[1]);
-                        rounded[m][n / 2][n % 2 * 2 + 1] = pack<E>(d[2], d[3]);
-                    }
+                        for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - (e % 2 ? two.w : two.y);
                 }
-            };
-            w.capped ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
-            multiply_rounded<E>(dv, rounded, douts(slot));
-            float dp[M][N][4] = {};
-            multiply_transposed<E>(dp, v_operand, douts(slot));
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                const float4 two = two_of(n);
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) s[m][n][e] *= dp[m][n][e] - (e % 2 ? two.w : two.y);
+                multiply_rounded<E>(dk, s, queries(slot).from(j));
             }
-            multiply_rounded<E>(dk, s, queries(slot));
         }
     }
 #pragma unroll

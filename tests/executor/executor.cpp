@@ -33,6 +33,7 @@ void join(Clock& clock, const Clock& other) {
 struct Copy {
     Shared to;
     const void* from;  // null: zeros
+    int bytes;
 };
 
 struct Thread {
@@ -355,14 +356,17 @@ Shared shared_memory() { return kBase; }
 
 // --- Asynchronous copies: written to memory by the wait, no sooner
 
-void copy_async(Shared to, const void* from, bool valid) {
-    if (valid) {
-        read_global(from, 16);
-    }
-    auto cell = cells_at(to, 16, "asynchronous copy");
-    for (int n = 0; n < 16; n += 2) note_write(*cell++, to + unsigned(n), Cell::pending);
-    self->groups.back().push_back({to, valid ? from : nullptr});
+namespace {
+void begin_copy(Shared to, const void* from, int bytes) {
+    if (from != nullptr) read_global(from, bytes);
+    auto cell = cells_at(to, bytes, "asynchronous copy");
+    for (int n = 0; n < bytes; n += 2) note_write(*cell++, to + unsigned(n), Cell::pending);
+    self->groups.back().push_back({to, from, bytes});
 }
+}  // namespace
+
+void copy_async(Shared to, const void* from, bool valid) { begin_copy(to, valid ? from : nullptr, 16); }
+void copy_async_8(Shared to, const void* from, bool valid) { begin_copy(to, valid ? from : nullptr, 8); }
 
 void commit_copies() { self->groups.emplace_back(); }
 
@@ -370,13 +374,13 @@ void wait_for_copies(int newest) {
     auto& groups = self->groups;
     while (int(groups.size()) - 1 > newest) {
         for (const Copy& copy : groups.front()) {
-            auto cell = cells_at(copy.to, 16, "asynchronous copy");
-            for (int n = 0; n < 8; ++n, ++cell)
+            auto cell = cells_at(copy.to, copy.bytes, "asynchronous copy");
+            for (int n = 0; n < copy.bytes; n += 2, ++cell)
                 *cell = {Cell::written, self->id, self->clock[size_t(self->id)], 0, 0};
             if (copy.from != nullptr)
-                std::memcpy(bytes_at(copy.to), copy.from, 16);
+                std::memcpy(bytes_at(copy.to), copy.from, size_t(copy.bytes));
             else
-                std::memset(bytes_at(copy.to), 0, 16);
+                std::memset(bytes_at(copy.to), 0, size_t(copy.bytes));
         }
         groups.erase(groups.begin());
     }

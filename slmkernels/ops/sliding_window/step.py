@@ -104,7 +104,8 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     return StepCall(q, k, v, cache, sinks, scale, softcap)
 
 
-OPERATION = register(Operation("sliding_window_attention_step", dict(SUPPORTS), prepare))
+SUPPORTS_STEP = {**SUPPORTS, "native": native.reason_against_call}
+OPERATION = register(Operation("sliding_window_attention_step", SUPPORTS_STEP, prepare))
 
 
 def sliding_window_attention_step(

@@ -1,4 +1,6 @@
 // Sliding-window attention, backward.
+#include <type_traits>
+
 #include "window.cuh"
 
 namespace slm {
@@ -24,8 +26,8 @@ template <int C>
 struct KeysShape {
     static constexpr int kRows = C == 64 ? 32 : 16;  // keys a warp
     static constexpr int kThreads = 4 * kWarp;
-    static constexpr int kTile = C == 64 ? 64 : 32,
-                         kStep = 32;  // queries copied, queries multiplied at a time
+    static constexpr int kTile = C == 64 ? 64 : 32;  // queries copied at a time
+    static constexpr int kStep = C == 64 ? 16 : 32;  // queries multiplied at a time
     static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 2 * kTile * int(sizeof(float2));
 };
 
@@ -93,22 +95,20 @@ dq_kernel(const __grid_constant__ Backward p) {
     const auto values = [&](int slot) { return tiles.from((2 * slot + 1) * kTile); };
     const Shared deltas = tiles.from(4 * kTile).base + Shared(warp * kRows * int(sizeof(float)));
 
-    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), at.begin, at.end,
-                                                w.D, thread);
-    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), at.begin, at.end,
-                                                w.Dv, thread);
-    const auto fetch = [&](int slot) {
-        k_rows.copy(keys(slot), int(w.k.t), thread);
-        v_rows.copy(values(slot), int(w.v.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), thread);
+    const auto fetch = [&](int slot, int rows) {
+        k_rows.copy(keys(slot), int(w.k.t), rows, w.D, thread);
+        v_rows.copy(values(slot), int(w.v.t), rows, w.Dv, thread);
         commit_copies();
     };
     const int q_row = int(w.q.t), do_row = int(p.dout.t);
-    Copier<kRows, kWarp, C, E>(w.q.at<E>(at.b, at.row, at.head), q_row, 0, at.rows, w.D, lane)
-        .copy(queries, q_row, lane);
-    Copier<kRows, kWarp, C, E>(p.dout.at<E>(at.b, at.row, at.head), do_row, 0, at.rows, w.Dv, lane)
-        .copy(douts, do_row, lane);
+    Copier<kRows, kWarp, C, E>(w.q.at<E>(at.b, at.row, at.head), q_row, lane)
+        .copy(queries, q_row, at.rows, w.D, lane);
+    Copier<kRows, kWarp, C, E>(p.dout.at<E>(at.b, at.row, at.head), do_row, lane)
+        .copy(douts, do_row, at.rows, w.Dv, lane);
     commit_copies();
-    fetch(0);
+    fetch(0, at.count);
     wait_copies<1>();
     sync_warp();
     const float part = write_deltas<E>(p, at, douts, deltas);
@@ -126,12 +126,11 @@ dq_kernel(const __grid_constant__ Backward p) {
     const Operand<C, M, C == 64> q_operand(queries), do_operand(douts);
 
     float dq[M][C / 8][4] = {};
-    int distance = at.i - at.begin,
-        left = at.end - at.begin;  // of the keys of a step; and how many there are
+    int distance = at.distance, left = at.count;  // of the keys of a step; keys from there on
     for (int slot = 0; left > 0; slot ^= 1) {
         wait_copies<0>();
         sync_block();
-        if (left > kTile) fetch(slot ^ 1);
+        if (left > kTile) fetch(slot ^ 1, left - kTile);
 #pragma unroll 1
         for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
             if (left <= 0 || w.window.misses(distance, kRows, kStep)) continue;
@@ -169,15 +168,19 @@ dkv_kernel(const __grid_constant__ Backward p) {
                   N = kStep / 8;
     const WindowProblem& w = p.window;
     const int thread = int(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread(), group = w.Hq / w.H;
-    const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr), unit = int(blockIdx.x) / all;
-    const int h = unit % w.H, b = unit / w.H;
+    const int all = tile_count(w.S, 4 * kRows, w.N, w.cu_k != nullptr);
+    const int h = int(blockIdx.y), b = int(blockIdx.x) / all;
     const Place place = place_of(int(blockIdx.x) % all, 4 * kRows, w.S, w.T, w.cu_k, w.cu_q, w.N);
-    const int row = place.first + warp * kRows, offset = place.length - place.other_length;
-    const int rows = place.length - row;
-    // The queries that the block's keys meet; none if it has no keys.
+    const int offset = place.length - place.other_length;  // query row t stands at position t + offset
+    const int row = place.start + place.first + warp * kRows,
+              rows = place.length - place.first - warp * kRows;
+    // The queries that the block's keys meet: `count` rows from `start`; none if it has no keys.
     const int last = min(place.first + 4 * kRows, place.length) - 1;
-    const int begin = max(place.first - w.window.after - offset, 0);
-    const int end = place.first > last ? begin : min(last + w.window.before + 1 - offset, place.other_length);
+    const int begin = max(place.first - w.window.after - offset, 0), start = place.other_start + begin;
+    const int end = min(last + w.window.before + 1 - offset, place.other_length);
+    const int count = place.first > last ? 0 : max(end - begin, 0);
+    constexpr int kNowhere = 1 << 30;  // meets no query
+    const int first = rows > 0 ? place.first + warp * kRows - offset - begin : kNowhere;
     const Window window = w.window.turned();
 
     const Tile<C> keys{shared_memory() + Tile<C>::bytes(2 * warp * kRows)};  // of the warp; later its dk
@@ -190,44 +193,37 @@ dkv_kernel(const __grid_constant__ Backward p) {
     };
 
     using Queries = Copier<kTile, Shape::kThreads, C, E>;
-    const auto queries_of = [&](int head) {
-        return Queries(w.q.at<E>(b, place.other_start, head), int(w.q.t), begin, end, w.D, thread);
-    };
+    const auto queries_of = [&](int head) { return Queries(w.q.at<E>(b, start, head), int(w.q.t), thread); };
     const auto douts_of = [&](int head) {
-        return Queries(p.dout.at<E>(b, place.other_start, head), int(p.dout.t), begin, end, w.Dv, thread);
+        return Queries(p.dout.at<E>(b, start, head), int(p.dout.t), thread);
     };
-    int head = h * group, next = begin;  // of the tile to be copied next
-    Queries q_rows = queries_of(head), do_rows = douts_of(head);
-    float2 coming;  // statistics of the tile that is on its way, a row a thread
-    const auto fetch = [&](int slot) {
-        if (next >= end) ++head, next = begin, q_rows = queries_of(head), do_rows = douts_of(head);
-        q_rows.copy(queries(slot), int(w.q.t), thread);
-        do_rows.copy(douts(slot), int(p.dout.t), thread);
+    Queries q_rows = queries_of(h * group), do_rows = douts_of(h * group);
+    const auto fetch = [&](int slot, int g, int left) {
+        if (g > 0 && left == count) q_rows = queries_of(h * group + g), do_rows = douts_of(h * group + g);
+        q_rows.copy(queries(slot), int(w.q.t), left, w.D, thread);
+        do_rows.copy(douts(slot), int(p.dout.t), left, w.Dv, thread);
+        const int64_t first = (int64_t(b) * w.Hq + h * group + g) * w.T + (start + count - left);
+        if (thread < kTile)
+            copy_async_8(statistics(slot) + Shared(thread * int(sizeof(float2))),
+                         p.statistics + first + thread, thread < left);
         commit_copies();
-        coming = make_float2(INFINITY, 0);
-        if (thread < kTile && next + thread < end)
-            coming =
-                load(p.statistics + (int64_t(b) * w.Hq + head) * w.T + place.other_start + next + thread);
-        next += kTile;
     };
     float dk[M][C / 8][4] = {}, dv[M][C / 8][4] = {};
-    if (begin < end) {
-        const int k_row = int(w.k.t), v_row = int(w.v.t), start = place.start + row;
-        Copier<kRows, kWarp, C, E>(w.k.at<E>(b, start, h), k_row, 0, rows, w.D, lane).copy(keys, k_row, lane);
-        Copier<kRows, kWarp, C, E>(w.v.at<E>(b, start, h), v_row, 0, rows, w.Dv, lane)
-            .copy(values, v_row, lane);
-        fetch(0);
+    if (count > 0) {
+        const int k_row = int(w.k.t), v_row = int(w.v.t);
+        Copier<kRows, kWarp, C, E>(w.k.at<E>(b, row, h), k_row, lane).copy(keys, k_row, rows, w.D, lane);
+        Copier<kRows, kWarp, C, E>(w.v.at<E>(b, row, h), v_row, lane).copy(values, v_row, rows, w.Dv, lane);
+        fetch(0, 0, count);
     }
     const Operand<C, M, false> k_operand(keys), v_operand(values);
-    constexpr int kNowhere = 1 << 30;  // meets no query
     int slot = 0;
     for (int g = 0; g < group; ++g) {
-        int distance = rows > 0 ? row - offset - begin : kNowhere, left = end - begin;
+        int distance = first, left = count;
         for (; left > 0; slot ^= 1) {
             wait_copies<0>();
-            if (thread < kTile) store(statistics(slot) + Shared(thread * int(sizeof(float2))), coming);
             sync_block();
-            if (left > kTile || g + 1 < group) fetch(slot ^ 1);
+            if (left > kTile || g + 1 < group)
+                fetch(slot ^ 1, left > kTile ? g : g + 1, left > kTile ? left - kTile : count);
 #pragma unroll 1
             for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
                 if (left <= 0 || window.misses(distance, kRows, kStep)) continue;
@@ -237,11 +233,14 @@ dkv_kernel(const __grid_constant__ Backward p) {
                 if (left < kStep || !window.covers(distance, kRows, kStep))
                     hide(s, window, distance, left, -INFINITY);
                 const Shared at = statistics(slot) + Shared((j + 2 * (lane % 4)) * int(sizeof(float2)));
+                const auto two_of = [&](int n) {
+                    return load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+                };
                 uint32_t rounded[M][N / 2][4];
                 const auto weigh_all = [&](auto capped) {
 #pragma unroll
                     for (int n = 0; n < N; ++n) {
-                        const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+                        const float4 two = two_of(n);  // lse and delta of a query, and of the next
 #pragma unroll
                         for (int m = 0; m < M; ++m) {
                             float d[4];
@@ -260,7 +259,7 @@ dkv_kernel(const __grid_constant__ Backward p) {
                 multiply_transposed<E>(dp, v_operand, douts(slot).from(j));
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    const float4 two = load<float4>(at + Shared(8 * n * int(sizeof(float2))));
+                    const float4 two = two_of(n);
 #pragma unroll
                     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -272,8 +271,8 @@ dkv_kernel(const __grid_constant__ Backward p) {
     }
 #pragma unroll
     for (int n = 0; n < M * C / 8 * 4; ++n) dk[n / 4 / (C / 8)][n / 4 % (C / 8)][n % 4] *= w.scale;
-    write_rows<E>(keys, dk, p.dk.at<E>(b, place.start + row, h), p.dk.t, rows, w.D);
-    write_rows<E>(values, dv, p.dv.at<E>(b, place.start + row, h), p.dv.t, rows, w.Dv);
+    write_rows<E>(keys, dk, p.dk.at<E>(b, row, h), p.dk.t, rows, w.D);
+    write_rows<E>(values, dv, p.dv.at<E>(b, row, h), p.dv.t, rows, w.Dv);
 }
 
 // Sums the parts [Hq, n] of each head, in one order.
@@ -293,7 +292,8 @@ void launch_backward(const Device& device, const Backward& p) {
     device.launch(dq_kernel<E, C>, dim3(unsigned(QueryTile<Queries::kRows>::blocks(w))), Queries::kThreads,
                   Queries::kBytes, p);
     const int64_t tiles = tile_count(w.S, 4 * Keys::kRows, w.N, w.cu_k != nullptr);
-    device.launch(dkv_kernel<E, C>, dim3(unsigned(tiles * w.B * w.H)), Keys::kThreads, Keys::kBytes, p);
+    device.launch(dkv_kernel<E, C>, dim3(unsigned(tiles * w.B), unsigned(w.H)), Keys::kThreads, Keys::kBytes,
+                  p);
 }
 
 template <typename E>

@@ -8,8 +8,8 @@ namespace {
 template <int C, int kRows>
 struct ForwardShape {
     static constexpr int kThreads = 4 * kWarp;
-    static constexpr int kTile = C == 64 ? 64 : 48;  // keys copied at a time
-    static constexpr int kStep = C == 64 ? 32 : 48;  // keys multiplied at a time
+    static constexpr int kTile = C == 64 ? 64 : 32;  // keys copied at a time
+    static constexpr int kStep = 32;                     // keys multiplied at a time
     static constexpr int kBlocks = C == 64 && kRows == 16 ? 4 : 2;
     static constexpr int kBytes = Tile<C>::bytes(4 * kRows + 4 * kTile);
 };
@@ -28,19 +28,17 @@ forward_kernel(const __grid_constant__ Forward p) {
     const auto keys = [&](int slot) { return Tile<C>{tiles + Tile<C>::bytes(2 * slot * kTile)}; };
     const auto values = [&](int slot) { return Tile<C>{tiles + Tile<C>::bytes((2 * slot + 1) * kTile)}; };
     const E* q = w.q.at<E>(at.b, at.row, at.head);
-    const E* k = w.k.at<E>(at.b, at.key, at.h);
-    const E* v = w.v.at<E>(at.b, at.key, at.h);
 
-    Copier<kTile, Shape::kThreads, C, E> k_rows(k, int(w.k.t), at.begin, at.end, w.D, thread);
-    Copier<kTile, Shape::kThreads, C, E> v_rows(v, int(w.v.t), at.begin, at.end, w.Dv, thread);
-    const auto fetch = [&](int slot) {
-        k_rows.copy(keys(slot), int(w.k.t), thread);
-        v_rows.copy(values(slot), int(w.v.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> k_rows(w.k.at<E>(at.b, at.key, at.h), int(w.k.t), thread);
+    Copier<kTile, Shape::kThreads, C, E> v_rows(w.v.at<E>(at.b, at.key, at.h), int(w.v.t), thread);
+    const auto fetch = [&](int slot, int rows) {
+        k_rows.copy(keys(slot), int(w.k.t), rows, w.D, thread);
+        v_rows.copy(values(slot), int(w.v.t), rows, w.Dv, thread);
         commit_copies();
     };
-    Copier<kRows, kWarp, C, E>(q, int(w.q.t), 0, at.rows, w.D, lane).copy(queries, int(w.q.t), lane);
+    Copier<kRows, kWarp, C, E>(q, int(w.q.t), lane).copy(queries, int(w.q.t), at.rows, w.D, lane);
     commit_copies();
-    fetch(0);
+    fetch(0, at.count);
     wait_copies<1>();
     sync_warp();
     const Operand<C, M, C == 64> operand(queries);
@@ -51,12 +49,11 @@ forward_kernel(const __grid_constant__ Forward p) {
 #pragma unroll
         for (int n = 0; n < C / 8; ++n) o[m][n][2 * half] *= factor, o[m][n][2 * half + 1] *= factor;
     };
-    int distance = at.i - at.begin,
-        left = at.end - at.begin;  // of the keys of a step; and how many there are
+    int distance = at.distance, left = at.count;  // of the keys of a step; keys from there on
     for (int slot = 0; left > 0; slot ^= 1) {
         wait_copies<0>();
         sync_block();
-        if (left > kTile) fetch(slot ^ 1);
+        if (left > kTile) fetch(slot ^ 1, left - kTile);
 #pragma unroll 1
         for (int j = 0; j < kTile; j += kStep, distance -= kStep, left -= kStep) {
             if (left <= 0 || w.window.misses(distance, kRows, kStep)) continue;

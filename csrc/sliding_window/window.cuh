@@ -90,9 +90,9 @@ struct QueryTile {
     int b, h, head;  // batch entry, key-value head, the part's query head
     int part;  // which of the `parts` runs of kRows rows of a head
     int row, rows;  // the part's first row in the tensor, and how many there are up to its sequence's end
-    int i;  // the first row's position
-    int begin, end;  // the keys that the block meets; none if it has no rows
-    int key, keys;  // row of the sequence's first key, and how many it has
+    int key, count;  // the first key that the block meets, in the tensor, and how many there are
+    int rest;  // keys from there to the sequence's end
+    int distance;  // of the part's first row after that key
 
     // Rows of a head in a block.
     static constexpr int rows_of(int group) { return kParts / heads_of_block(group, kParts) * kRows; }
@@ -121,13 +121,14 @@ struct QueryTile {
         const Place place = place_of(tile, rows_of(group), p.T, p.S, p.cu_q, p.cu_k, p.N);
         const int first = place.first + part_of_block / heads * kRows,
                   offset = place.other_length - place.length;
-        row = place.start + first, rows = place.length - first, key = place.other_start;
-        keys = place.other_length;
-        constexpr int kNowhere = 1 << 30;  // meets no key
-        i = rows > 0 ? first + offset : kNowhere;
+        const int begin = max(place.first + offset - p.window.before, 0);
         const int last = min(place.first + rows_of(group), place.length) - 1;
-        begin = max(place.first + offset - p.window.before, 0);
-        end = place.first > last ? begin : min(last + offset + p.window.after + 1, place.other_length);
+        const int end = min(last + offset + p.window.after + 1, place.other_length);
+        row = place.start + first, rows = place.length - first;
+        key = place.other_start + begin, count = place.first > last ? 0 : max(end - begin, 0);
+        rest = place.other_length - begin;
+        constexpr int kNowhere = 1 << 30;  // meets no key
+        distance = rows > 0 ? first + offset - begin : kNowhere;
     }
     // Row r of the part in lse [B, Hq, T].
     SLM_DEVICE int64_t at(const WindowProblem& p, int r) const {
@@ -137,27 +138,27 @@ struct QueryTile {
 
 // --- Tiles ------------------------------------------------------------------------------------------------
 
-// Copies rows [first, end) tile by tile, kRows rows a tile and zeros past the end, by kThreads threads. A thread keeps
-// to one piece of the rows and steps down, so that few registers say where it is.
+// Copies rows tile by tile, kRows rows a tile, by kThreads threads. A thread keeps to one piece of the
+// rows and steps down, so that one pointer says where it is.
 template <int kRows, int kThreads, int C, typename E>
 class Copier {
   public:
-    SLM_DEVICE Copier(const E* from, int stride, int first, int end, int columns, int thread)
-        : next_(from + int64_t(first + thread / kPieces) * stride + thread % kPieces * 8),
-          left_(thread % kPieces * 8 < columns ? end - first - thread / kPieces : 0) {}
+    SLM_DEVICE Copier(const E* from, int stride, unsigned thread)
+        : next_(from + int64_t(thread / kPieces) * stride + thread % kPieces * 8) {}
 
-    SLM_DEVICE void copy(Tile<C> to, int stride, int thread) {
+    // The next tile: only its first `rows` rows and `columns` columns, zeros besides.
+    SLM_DEVICE void copy(Tile<C> to, int stride, int rows, int columns, unsigned thread) {
+        const int piece = int(thread % kPieces), first = int(thread / kPieces),
+                  end = piece * 8 < columns ? rows - first : 0;
 #pragma unroll
         for (int row = 0; row < kRows; row += kStep, next_ += int64_t(kStep) * stride)
-            copy_async(to.piece(row + thread / kPieces, thread % kPieces), next_, row < left_);
-        left_ -= kRows;
+            copy_async(to.piece(row + first, piece), next_, row < end);
     }
 
   private:
     static constexpr int kPieces = Tile<C>::kPieces, kStep = kThreads / kPieces;
     static_assert(kRows % kStep == 0);
     const E* next_;
-    int left_;
 };
 
 // The rows of a tile as operand a: read again each time, or held in registers.

@@ -208,11 +208,18 @@ Shared shared_memory() { return kBase; }
 
 // --- Asynchronous copies: written to memory by the wait, no sooner
 
-void copy_async(Shared to, const void* from, bool valid) {
-    if (valid) read_global(from, 16);
-    note_shared(to, 16, writing).state = Cell::pending;
-    self->groups.back().push_back({to, valid ? from : nullptr});
+namespace {
+void begin_copy(Shared to, const void* from, int bytes) {
+    if (from != nullptr) read_global(from, bytes);
+    const Copy copy{to, from, bytes};
+    Cell* const cells = &note_shared(to, bytes, writing);
+    for (int n = 0; n < copy.cells(); ++n) cells[n].state = Cell::pending;
+    self->groups.back().push_back(copy);
 }
+}  // namespace
+
+void copy_async(Shared to, const void* from, bool valid) { begin_copy(to, valid ? from : nullptr, 16); }
+void copy_async_8(Shared to, const void* from, bool valid) { begin_copy(to, valid ? from : nullptr, 8); }
 
 void commit_copies() { self->groups.emplace_back(); }
 
@@ -220,13 +227,14 @@ void wait_for_copies(int newest) {
     auto& groups = self->groups;
     while (int(groups.size()) - 1 > newest) {
         for (const Copy& copy : groups.front()) {
-            Cell& cell = block->shadow.cells[(copy.to - kBase) / 2];
-            cell.state = Cell::written, cell.clock = self->clock[size_t(self->id)];
-            if (copy.from != nullptr) read_global(copy.from, 16);  // not before
+            Cell* const cells = &block->shadow.cells[(copy.to - kBase) / 2];
+            for (int n = 0; n < copy.cells(); ++n)
+                cells[n].state = Cell::written, cells[n].clock = self->clock[size_t(self->id)];
+            if (copy.from != nullptr) read_global(copy.from, copy.bytes);  // not before
             if (copy.from != nullptr)
-                std::memcpy(bytes_at(copy.to), copy.from, 16);
+                std::memcpy(bytes_at(copy.to), copy.from, size_t(copy.bytes));
             else
-                std::memset(bytes_at(copy.to), 0, 16);
+                std::memset(bytes_at(copy.to), 0, size_t(copy.bytes));
         }
         groups.erase(groups.begin());
     }

@@ -124,6 +124,7 @@ void store(X* address, X x) {
 }
 
 void copy_async(Shared to, const void* from, bool valid);
+void copy_async_8(Shared to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(int newest);
 template <int N>

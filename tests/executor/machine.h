@@ -39,6 +39,8 @@ inline void join(Clocks& clocks, const Clocks& others) {
 struct Copy {
     Shared to;
     const void* from;  // null: zeros
+    int bytes;
+    int cells() const { return bytes == 16 ? 1 : bytes / 2; }  // that hold its state
 };
 
 struct Thread {

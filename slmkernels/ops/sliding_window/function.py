@@ -104,13 +104,30 @@ def prepare(
     return Call(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
 
 
-# Best first; the same for the operation and its decode step.
+def reason_against_cuda(call: Call) -> str | None:
+    """None where the CUDA C++ kernels take the call by its dtype and shapes, else why not."""
+    for name, x in (("q", call.q), ("v", call.v)):
+        size = x.shape[-1]
+        if size % 8 != 0 or not 8 <= size <= 128:
+            return f"{name} has head dimension {size}; CUDA kernels take multiples of 8 from 8 to 128"
+    if call.q.shape[1] + call.k.shape[1] >= 2**29:
+        return f"q and k have {call.q.shape[1] + call.k.shape[1]} rows; CUDA kernels take fewer than 2^29"
+    return native.reason_against_16bit(call.q)
+
+
+def reason_against_native(call: Call) -> str | None:
+    """None where native kernels can run the call, else why not."""
+    device = call.q.device
+    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+
+
+# Best first.
 SUPPORTS = {
-    "native": native.reason_against_call,
+    "native": reason_against_native,
     "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
-OPERATION = register(Operation("sliding_window_attention", dict(SUPPORTS), prepare))
+OPERATION = register(Operation("sliding_window_attention", SUPPORTS, prepare))
 
 
 def _unbounded(side: int | None) -> int:

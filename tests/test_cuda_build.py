@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -353,6 +354,19 @@ def test_kernels_wgmma_is_not_serialized(summary):
     sources = {kernel["source"].replace("/", "_") for kernel in summary["kernels"]}
     said = [(ROOT / "build" / "objects" / f"{source}.ptxas").read_text() for source in sorted(sources)]
     assert not [line for text in said for line in text.splitlines() if "Potential Performance Loss" in line]
+
+
+def test_softmax_runs_beside_the_product(summary):
+    """ptxas would have a warp wait for P V first, and compute the exponentials after it."""
+    knobs = pytest.importorskip("triton.knobs", reason="triton, which has a cuobjdump, is not installed")
+    if "sm_90a" not in {kernel["arch"] for kernel in summary["kernels"]}:
+        pytest.skip("not built for sm_90a")
+    path = ROOT / "build" / "objects" / "csrc_sliding_window_forward_sm90.cu.o"
+    command = [knobs.nvidia.cuobjdump.path, "-sass", "-arch", "sm_90a", str(path)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"DEPBAR.LE gsb0, 0x1 .*?DEPBAR.LE gsb0, 0x0 (.*?)HGMMA", sass, re.DOTALL)
+    assert len(found) == 6  # of eight kernels; in two, blocks run beside each other
+    assert max(after.count("MUFU.EX2") for after in found) < 8  # of 32 or 64
 
 
 def test_the_library_loads_beside_a_libtorch_cuda(summary, tmp_path):

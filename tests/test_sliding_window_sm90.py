@@ -160,3 +160,14 @@ def test_nothing(T, S):
     assert o.shape == (1, T, 2, 64)
     assert not o.any()
     assert torch.isneginf(lse).all()
+
+
+def test_wrong_calls():
+    q, k, v = (x.bfloat16() for x in inputs(8, 1, 130, 130, 2, 1, 64, 64)[:3])
+    nothing = torch.zeros(1, dtype=torch.int32)
+    call = operators().sliding_window_forward
+    with pytest.raises(RuntimeError, match="cu_seqlens holds no sequence"):
+        call(q, k, v, None, nothing, None, 10, 0, 0.1, 0.0)
+    q, k, v = (x[:, :1].expand(2**31, 1, x.shape[2], 64) for x in (q, k, v))
+    with pytest.raises(RuntimeError, match="must be below 2\\^31"):
+        call(q, k, v, None, None, None, 10, 0, 0.1, 0.0)

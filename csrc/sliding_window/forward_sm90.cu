@@ -33,7 +33,7 @@
 //   <64, 64>        4       80 KB           104                       2
 //   <64, 128>       4       144 KB          240                       1
 //   <128, 64>       4       160 KB          240                       1
-//   <128, 128>      2       160 KB          240                       1
+//   <128, 128>      3       224 KB          240                       1
 // Not done: barriers that make the consumers take turns (FlashAttention-3, section 3.1), blocks that stay for
 // several tiles, clusters that share what they bring. None of it can be judged before it is measured.
 #include "../common/hopper.cuh"
@@ -55,7 +55,7 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 template <int C, int kKeys>
 struct Shape {
     static constexpr int kBlocks = C == 64 && kKeys == 64 ? 2 : 1;  // on a multiprocessor
-    static constexpr int kStages = C * kKeys <= 64 * 128 ? 4 : 2;
+    static constexpr int kStages = C * kKeys <= 64 * 128 ? 4 : 3;
     static constexpr int kQueryBytes = kRows * C * 2, kTileBytes = kKeys * C * 2;
     static constexpr int kTiles = kConsumers * kQueryBytes, kMbarriers = kTiles + 2 * kStages * kTileBytes;
     static constexpr int kBytes = kMbarriers + 8 * (4 * kStages + 2);
@@ -81,7 +81,8 @@ struct Ring {
     SLM_DEVICE void wait_emptied(int n) const {
         wait_phase(empty + 8 * (n % kStages), (n / kStages & 1) ^ 1);
     }
-    // By whole warps, that have read the tile or need not.
+    // By whole warps, that have read the tile or need not. All lanes have waited for it: one left behind could
+    // miss the phase.
     SLM_DEVICE void release(int n) const {
         if (lane_of_thread() == 0) arrive(empty + 8 * (n % kStages));
     }
@@ -95,6 +96,9 @@ struct Block {
     static constexpr int kLoading = 24, kComputing = Shape::kBlocks == 2 ? 104 : 240;  // registers a thread
     static constexpr bool kBeside = Shape::kBlocks == 1;  // the softmax runs beside the product before it
     static constexpr int kPanels = C / 64;  // of 64 columns, that TMA brings and wgmma reads
+    // What a block has of them is what its launch takes: more would be waited for until the end of time.
+    static_assert(kLoading + kConsumers * kComputing <=
+                  (1 + kConsumers) * (65536 / (kThreads * Shape::kBlocks) / 8 * 8));
 
     const ForwardSm90& p;
     const WindowProblem& w = p.forward.window;
@@ -133,12 +137,13 @@ struct Block {
     }
 
     SLM_DEVICE void load_tiles() const {
-        const Part at(w, 0), other(w, 1);
-        const int tiles = count_tiles(at);
+        const Part at(w, 0);
+        const int tiles = count_tiles(at), heads = heads_of_block(w.Hq / w.H, kConsumers);
         if (tiles > 0 && elect()) {
             arrive_expecting(queries_filled, kConsumers * Shape::kQueryBytes);
-            load_panels(p.q, queries(0), kRows, queries_filled, at.row, at.head, at.b);
-            load_panels(p.q, queries(1), kRows, queries_filled, other.row, other.head, at.b);
+            for (int part = 0; part < kConsumers; ++part)
+                load_panels(p.q, queries(part), kRows, queries_filled, at.row + part / heads * kRows,
+                            at.head + part % heads, at.b);
         }
 #pragma unroll 1
         for (int n = 0; n <= tiles; ++n) {  // values one tile behind: that is how tiles are released
@@ -217,8 +222,10 @@ struct Block {
         const auto misses = [&](int n) { return w.window.misses(at.i - at.begin - n * kKeys, kRows, kKeys); };
         const auto pass = [&](int n) {
             keys.wait_filled(n);
+            sync_warp();
             keys.release(n);
             values.wait_filled(n);
+            sync_warp();
             values.release(n);
         };
         const auto normalize = [&](int n) {  // s becomes P, times 2 to the shift
@@ -258,15 +265,16 @@ struct Block {
             for (; n < tiles && !misses(n); ++n) score(n), output(n);
         } else if (n < tiles) {
             score(n);
+            values.wait_filled(n);
 #pragma unroll 1
             for (++n; n < tiles && !misses(n); ++n) {
                 keys.wait_filled(n);
                 begin_scores(s, part, n);
-                values.wait_filled(n - 1);
                 begin_outputs(o, x, n - 1);
                 wait_products<1>(s[0]);
                 keys.release(n);
                 normalize(n);
+                values.wait_filled(n);  // its loop keeps ptxas from putting the softmax after the next wait
                 wait_products<0>(o[0], x);
                 values.release(n - 1);
                 round();
@@ -313,7 +321,8 @@ bool launch_forward(const Device& device, const Forward& p, const Tensor& q, con
                     const Tensor& v) {
     using Part = QueryTile<kRows, kConsumers>;
     const auto kernel = forward_sm90_kernel<E, C, kKeys>;
-    if (!has_hopper_body(kernel)) return false;
+    static const bool built = has_hopper_body(kernel);
+    if (!built) return false;
     device.launch(kernel, dim3(unsigned(Part::blocks(p.window))), kThreads, Shape<C, kKeys>::kBytes,
                   ForwardSm90{p, row_map<E>(q, kRows), row_map<E>(k, kKeys), row_map<E>(v, kKeys)});
     return true;

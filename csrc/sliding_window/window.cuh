@@ -399,6 +399,11 @@ inline WindowArguments read_window(const Tensor& q, const Tensor& k, const Tenso
     p.cu_q = cu.has_value() ? pointer<int>(*in.cu_q) : nullptr;
     p.cu_k = cu.has_value() ? pointer<int>(*in.cu_k) : nullptr;
     p.N = cu.has_value() ? int(in.cu_q->numel()) - 1 : 0;
+    STD_TORCH_CHECK(!cu.has_value() || p.N > 0 || T + S == 0,
+                    "cu_seqlens holds no sequence, but q or k has rows");
+    STD_TORCH_CHECK(
+        q.size(0) <= INT32_MAX / (std::max(q.size(2), int64_t(1)) * (std::max(T, S) / 16 + p.N + 1)),
+        "batch x heads x length / 16 must be below 2^31");
     p.B = int(q.size(0)), p.T = int(T), p.S = int(S), p.Hq = int(q.size(2)), p.H = int(k.size(2));
     p.D = int(D), p.Dv = int(Dv);
     p.q = kernel_rows(in.q), p.k = kernel_rows(in.k), p.v = kernel_rows(in.v);

@@ -158,14 +158,14 @@ struct Block {
 
     SLM_DEVICE void load_tile(const RowMap& map, Shared to, Shared mbarrier, const Part& at, int n) const {
         arrive_expecting(mbarrier, Shape::kTileBytes);
-        load_panels(map, to, kKeys, mbarrier, at.key + at.begin + n * kKeys, at.h, at.b);
+        load_panels(map, to, kKeys, mbarrier, at.key + n * kKeys, at.h, at.b);
     }
 
     // Values of the next sequence may be infinite or NaN, which a probability of 0 does not make 0: they are
     // overwritten. Beyond the tensor there are zeros.
     SLM_DEVICE void load_values(int n, const Part& at) const {
         values.wait_emptied(n);
-        const int length = at.keys - at.begin - n * kKeys;
+        const int length = at.rest - n * kKeys;
         const bool overwrite = w.cu_k != nullptr && length < kKeys;  // the block's last tile
         if (elect()) load_tile(p.v, values.tile(n), overwrite ? landed : values.filled(n), at, n);
         sync_warp();
@@ -179,7 +179,7 @@ struct Block {
         if (lane_of_thread() == 0) arrive(values.filled(n));
     }
 
-    SLM_DEVICE int count_tiles(const Part& at) const { return (at.end - at.begin + kKeys - 1) / kKeys; }
+    SLM_DEVICE int count_tiles(const Part& at) const { return (at.count + kKeys - 1) / kKeys; }
 
     // --- The consumers, warpgroups
 
@@ -219,7 +219,7 @@ struct Block {
         uint32_t x[kKeys / 16][4];  // P
         Softmax<1> softmax;
 
-        const auto misses = [&](int n) { return w.window.misses(at.i - at.begin - n * kKeys, kRows, kKeys); };
+        const auto misses = [&](int n) { return w.window.misses(at.distance - n * kKeys, kRows, kKeys); };
         const auto pass = [&](int n) {
             keys.wait_filled(n);
             sync_warp();
@@ -229,7 +229,7 @@ struct Block {
             values.release(n);
         };
         const auto normalize = [&](int n) {  // s becomes P, times 2 to the shift
-            const int j = at.begin + n * kKeys, distance = at.i + 16 * warp - j, left = at.end - j;
+            const int distance = at.distance + 16 * warp - n * kKeys, left = at.count - n * kKeys;
             rewrite(s, w);
             if (left < kKeys || !w.window.covers(distance, 16, kKeys))
                 hide(s, w.window, distance, left, -INFINITY);

@@ -24,7 +24,7 @@ SANITIZED_TESTS ?= tests/native $(filter-out %_triton.py %_aot.py %_cuda.py,$(wi
 	$(patsubst csrc/%/cpu.cpp,tests/test_%*.py,$(wildcard csrc/*/cpu.cpp))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format sanitize aot cuda bench install clean distclean
+.PHONY: help demo test test-slow lint format sanitize aot cuda gpu bench install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -89,6 +89,19 @@ aot: $(INSTALLED) ## compile the Triton kernels for three GPU architectures, wit
 cuda: $(INSTALLED) ## the CUDA kernels built or an error, and what ptxas made of them; needs nvcc, no GPU
 	SLMKERNELS_CUDA=1 SLMKERNELS_STRICT=1 $(PY) setup.py --quiet build_ext --inplace
 	SLMKERNELS_CUDA=1 $(PYTEST) tests/test_cuda_build.py -k "kernels or library"
+
+# With the Python that has a CUDA torch, after `python setup.py build_ext --inplace`: make gpu PY=python3
+# Without the allocator's cache compute-sanitizer sees where one tensor ends and the next begins.
+GPU_SECONDS ?= 120
+gpu: ## where a GPU is: the tests on it, random calls against float64, and those under compute-sanitizer
+	$(PY) -m slmkernels info
+	$(PY) -m pytest -q -m "not slow" --device cuda tests
+	mkdir -p build/gpu
+	$(PY) -m slmkernels validate --device cuda --seconds $(GPU_SECONDS) --json build/gpu/validate.json
+	for tool in memcheck racecheck synccheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PY) -m slmkernels validate --device cuda --backend native --seconds $(GPU_SECONDS) || exit 1; \
+	done
 
 bench: $(INSTALLED) ## the benchmark; ARGS="sliding_window/standard --threads 1" and the like
 	$(PY) -m benchmarks $(ARGS)

@@ -240,6 +240,19 @@ def test_beyond_the_range_of_float16(row):
             assert (ours[name] - x).abs().max() < 3e-3 * x.abs().max(), (change.__name__, name)
 
 
+@every_row
+@pytest.mark.parametrize("length", [0.0, 100.0])
+def test_lengths_of_keys_that_l2norm_divides_by(row, length):
+    """Nothing on the way leaves float16's range, nor loses its digits, where keys do not count by length."""
+
+    def change(tensors):
+        tensors["k"] *= 0.01 * torch.rand(1, 70, 1, 1, dtype=torch.float64)
+        tensors["k"][:, ::7] *= length
+        tensors["v"] *= 200.0
+
+    check(row, torch.float16, change, T=70, H=1, K=32, V=16, states=True, l2norm_qk=True)
+
+
 @every_dtype
 @every_row
 def test_spoilt_tokens_reach_no_earlier_one(row, dtype):

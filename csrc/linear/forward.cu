@@ -274,17 +274,34 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
         }
         write_outputs<E>(p, work, stage.v(), column, chunk, o);
 
-        // S = total S + what was written, as the chunk's end keeps it. The chunk's sum is taken apart: tensor
-        // cores cut what they add to.
+        // S = total S + what was written, as the chunk's end keeps it, divided by |k|. The chunk's sum is taken
+        // apart: tensor cores cut what they add to.
         const float total = stage.get(kTotal);
+        const auto out_of = [&](int m, int n) {  // of the two tokens in values[m][n]
+            return stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
+        };
+        int of_kept = 0;
+        if (std::is_same_v<E, Half> && p.l2norm) {  // 1 / |k| is up to 1000
+            float largest = 0;
+#pragma unroll
+            for (int m = 0; m < 4; ++m)
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const float2 factor = out_of(m, n);
+                    largest = fmaxf(largest, finite_size(factor.x * first_of<E>(values[m][n])));
+                    largest = fmaxf(largest, finite_size(factor.y * second_of<E>(values[m][n])));
+                }
+            of_kept = exponent_of(largest, 13);
+        }
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
-                const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
-                values[m][n] =
-                    pack<E>(out_of.x * first_of<E>(values[m][n]), out_of.y * second_of<E>(values[m][n]));
+                const float2 factor = out_of(m, n);
+                values[m][n] = pack<E>(two_to(of_kept) * factor.x * first_of<E>(values[m][n]),
+                                       two_to(of_kept) * factor.y * second_of<E>(values[m][n]));
             }
+        const float of_added = two_to(-of_u - of_kept);
 #pragma unroll
         for (int n = 0; n < K / 16; ++n) {
             float added[2][4] = {};
@@ -298,7 +315,7 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 float& x = s[2 * n + e / 4][e % 4];
-                x = x * total + added[e / 4][e % 4] * two_to(-of_u);
+                x = x * total + added[e / 4][e % 4] * of_added;
             }
         }
         if (chunk + p.stages < work.chunks) arrive_some(kRead + slot, kMakers + p.states());

@@ -35,8 +35,8 @@
 //
 // Memory: 3 stages (2 where 3 do not fit) of q, k, v, M, Z and factors: 105 and 153 KiB for K = 64, 128 (135
 // and 183 with beta; 2 stages: 70, 102, 92, 124). o leaves through v's tile. 256 threads, one block a
-// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 148 and 221, with beta 206 and 228
-// (float16: 154, 217, 180, 220); no spills. With a third role for the copies there were 10 warps, three on
+// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 144 and 214, with beta 212 and 224
+// (float16: 147, 225, 180, 222); no spills. With a third role for the copies there were 10 warps, three on
 // some schedulers, and so 168 registers a thread: the delta rule spilled.
 //
 // Counted, a chunk and 64 columns, K = 128: 752 products m16n8k16 (1248 with beta), 244 KiB through shared
@@ -46,7 +46,8 @@
 // columns would halve it, but leave two schedulers without a state warp at 128 blocks; wgmma, which reads
 // the operands once a block, is what would go below. None of this has been measured.
 //
-// Missing: gates a channel (Triton has them); a split of long sequences where heads are few; a backward.
+// Missing: gates a channel; a split of long sequences where heads are few (function.py prefers Triton there); a
+// backward.
 //
 // Sources: Yang et al. 2024 (GLA, section 4; DeltaNet), Yang et al. 2025 (Gated DeltaNet, section 3.3), Dao
 // and Gu 2024 (Mamba-2, section 6: the chunked form), Arora et al. 2024 and ThunderKittens (the state in

@@ -1,8 +1,9 @@
 """Which implementation runs a call, and why the others did not.
 
 An operation lists its implementations, best first, each with a function that looks at the call and
-returns None (supported) or the reason it cannot serve it. The choice depends on nothing else but an
-explicit override: the `backend=` argument, `use_backend`, or the environment's SLMKERNELS_BACKEND.
+returns None (supported) or the reason it cannot serve it. One that can may give way to those after it where
+they are faster; never to the reference. The choice depends on nothing else but an explicit override: the
+`backend=` argument, `use_backend`, or the environment's SLMKERNELS_BACKEND.
 """
 
 import contextlib
@@ -52,7 +53,24 @@ class Operation:
     name: str
     supports: dict[str, Callable[[Any], str | None]]
     prepare: Callable[..., Any]  # the public arguments -> the checked call
+    # backend -> why another that can run the call should, or None
+    gives_way: dict[str, Callable[[Any], str | None]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+
+    def best(self, call: Any) -> tuple[str | None, dict[str, str]]:
+        """The backend that runs `call` if none is named, and why those before it do not."""
+        reasons, slower = {}, None
+        for name, supports in self.supports.items():
+            reason = supports(call)
+            if reason is None:
+                if slower is not None and name == "reference":
+                    break
+                reason = self.gives_way[name](call) if name in self.gives_way else None
+                if reason is None:
+                    return name, reasons
+                slower = slower or name
+            reasons[name] = reason
+        return slower, reasons
 
     def choose(self, call: Any, backend: str | None = None) -> str:
         """The backend that runs `call`; raises `Unsupported` if the named one cannot."""
@@ -62,15 +80,12 @@ class Operation:
             if reason is not None:
                 raise Unsupported(f"{self.name}: backend {named!r} cannot run this call: {reason}")
             return named
-        reasons = {}
-        for name, supports in self.supports.items():
-            reason = supports(call)
-            if reason is None:
-                if name == "reference":
-                    self._warn_slow(reasons)
-                return name
-            reasons[name] = reason
-        raise Unsupported(f"{self.name}: no backend can run this call: {reasons}")
+        name, reasons = self.best(call)
+        if name is None:
+            raise Unsupported(f"{self.name}: no backend can run this call: {reasons}")
+        if name == "reference":
+            self._warn_slow(reasons)
+        return name
 
     def _warn_slow(self, reasons: dict[str, str]) -> None:
         if torch.compiler.is_compiling():
@@ -103,15 +118,16 @@ def explain(op: Callable | str, *args, backend: str | None = None, **kwargs) -> 
     operation = OPERATIONS[name]
     call = operation.prepare(*args, **kwargs)
     named = _checked(backend, "backend") or _forced
+    best, reasons = operation.best(call)
     lines, chosen = [], None
     for candidate, supports in operation.supports.items():
         reason = supports(call)
-        wanted = candidate == named or (named is None and chosen is None)
-        if reason is None and wanted:
+        if reason is None and candidate == (named or best):
             chosen = candidate
             lines.append(f"  {candidate:<10} runs" + (" (named)" if named else ""))
         else:
-            lines.append(f"  {candidate:<10} {reason or 'could run'}")
+            slower = f"could run; {reasons[candidate]}" if candidate in reasons else "could run"
+            lines.append(f"  {candidate:<10} {reason or slower}")
     head = f"{name}: {chosen or f'Unsupported, {named} was named'}"
     report = "\n".join([head, *lines])
     print(report)

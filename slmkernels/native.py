@@ -4,6 +4,7 @@
 (build facts, CPU features, instruction-set tier, window geometry).
 """
 
+import functools
 import importlib
 import json
 import os
@@ -73,15 +74,25 @@ def reason_against_kernel(device: torch.device) -> str | None:
     )
 
 
+@torch.compiler.assume_constant_result  # it may not ask for a GPU's capability itself, nor read files
 def reason_against_gpu(device: torch.device) -> str | None:
     """None where the CUDA C++ kernels were built for the GPU at `device`, or it is none, else why not."""
-    if device.type != "cuda":
-        return None
+    return _reason_against_gpu(device) if device.type == "cuda" else None
+
+
+@functools.cache  # a decode step takes microseconds
+def _reason_against_gpu(device: torch.device) -> str | None:
     capability, report = torch.cuda.get_device_capability(device), build_report("_C_cuda")
     if runs_on(report, capability):
         return None
     major, minor = capability
     return f"the CUDA library is {report}, this GPU is {major}.{minor}: see TORCH_CUDA_ARCH_LIST"
+
+
+@torch.compiler.assume_constant_result
+def shared_kib(device: torch.device) -> int:
+    """What a block may take of the shared memory of the GPU at `device`."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 def runs_on(report: str, capability: tuple[int, int]) -> bool:

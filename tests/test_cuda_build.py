@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from slmkernels import native
 
@@ -411,3 +413,23 @@ def test_the_library_loads_beside_a_libtorch_cuda(summary, tmp_path):
 )
 def test_a_library_runs_on_the_gpus_it_has_code_for(report, capability, runs):
     assert native.runs_on(report, capability) == runs
+
+
+def test_what_a_gpu_is_does_not_break_a_graph(monkeypatch):
+    """torch.compile cannot trace what asks the driver or reads the build's report."""
+
+    def choose(x, device):
+        refused = native.reason_against_gpu(device) is not None
+        return x - native.shared_kib(device) if refused else x + native.shared_kib(device)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=3 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(native, "build_report", lambda name: "built for 8.0;9.0a (nvcc 13.0)")
+    native._reason_against_gpu.cache_clear()
+    try:
+        compiled = torch.compile(choose, fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(()), torch.device("cuda", 0)) == 3
+        assert compiled(torch.zeros(()), torch.device("cuda", 1)) == -3
+    finally:
+        native._reason_against_gpu.cache_clear()

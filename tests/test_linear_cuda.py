@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from linear_cases import LEAVES, exact, make, torch_same_dtype
 from rule import compare, rounded
 
-from slmkernels import Unsupported
+from slmkernels import Unsupported, explain
+from slmkernels.dispatch import OPERATIONS, Operation
 from slmkernels.ops.linear import function
-from slmkernels.ops.linear.function import prepare, reason_against_cuda
+from slmkernels.ops.linear.function import Call, prepare, reason_against_cuda, slower_than_triton
 
 HALVES = [torch.bfloat16, torch.float16]
 ROWS = ["linear", "retention", "simple gla", "delta", "gated delta"]
@@ -240,6 +241,19 @@ def test_beyond_the_range_of_float16(row):
             assert (ours[name] - x).abs().max() < 3e-3 * x.abs().max(), (change.__name__, name)
 
 
+@every_row
+@pytest.mark.parametrize("length", [0.0, 100.0])
+def test_lengths_of_keys_that_l2norm_divides_by(row, length):
+    """Nothing on the way leaves float16's range, nor loses its digits, where keys do not count by length."""
+
+    def change(tensors):
+        tensors["k"] *= 0.01 * torch.rand(1, 70, 1, 1, dtype=torch.float64)
+        tensors["k"][:, ::7] *= length
+        tensors["v"] *= 200.0
+
+    check(row, torch.float16, change, T=70, H=1, K=32, V=16, states=True, l2norm_qk=True)
+
+
 @every_dtype
 @every_row
 def test_spoilt_tokens_reach_no_earlier_one(row, dtype):
@@ -366,3 +380,43 @@ def test_training_is_for_others_and_inference_is_not():
     meta = call._replace(q=call.q.to("meta"))
     with pytest.raises(Unsupported, match="device meta"):
         function.OPERATION.choose(meta, "native")
+
+
+@pytest.mark.parametrize(
+    ("shape", "packed", "row", "slower"),  # v: B, T, H, V
+    [
+        ((1, 4096, 8, 128), None, "linear", True),  # 32 blocks
+        ((1, 4096, 8, 136), None, "linear", False),
+        ((2, 4096, 4, 128), None, "simple gla", True),
+        ((4, 4095, 1, 64), None, "linear", False),
+        ((1, 65536, 1, 64), None, "delta", False),  # Triton splits no delta rule
+        ((1, 8192, 8, 64), 2, "linear", True),
+        ((1, 8191, 8, 64), 2, "linear", False),  # 4095 tokens a sequence
+        ((0, 4096, 8, 64), None, "linear", False),
+        ((1, 0, 8, 64), 0, "linear", False),
+    ],
+)
+def test_triton_comes_first_where_it_splits_long_sequences(shape, packed, row, slower):
+    v = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    gate = v[..., 0].float()
+    decay, beta = gate if row != "linear" else None, gate if row == "delta" else None
+    cu = None if packed is None else torch.empty(packed + 1, dtype=torch.int32, device="meta")
+    call = Call(v, v, v, decay, beta, None, None, cu, 1.0, False, False)
+    assert (slower_than_triton(call) is not None) == slower
+
+
+def test_who_gives_way(monkeypatch):
+    """The kernel that is slower runs if it is named, or if only the reference is left."""
+    operation = Operation("op", {"native": lambda call: None, "triton": str, "reference": lambda call: None},
+                          lambda call: call, {"native": lambda call: "slow"})  # fmt: skip
+    monkeypatch.setitem(OPERATIONS, "op", operation)
+    assert operation.choose("no Triton") == "native"
+    assert "native     runs" in explain("op", "no Triton")
+    operation.supports["triton"] = lambda call: None
+    assert operation.choose("") == "triton"
+    assert operation.choose("", "native") == "native"
+    report = explain("op", "")
+    assert "op: triton" in report
+    assert "native     could run; slow" in report
+    operation.gives_way["native"] = lambda call: None
+    assert operation.choose("") == "native"

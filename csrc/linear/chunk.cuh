@@ -117,12 +117,23 @@ struct Layout {
 
 // --- Powers of two for float16
 
-// A state, q k or what the delta rule writes may leave its range, and digits are lost near its lower end:
-// operands are stored times a power of two that brings the largest of them near 2^target. bfloat16 has the
-// range of float; its exponents are 0, known to the compiler.
+// A state, q k, what the delta rule writes or divides by |k| may leave its range, and digits are lost near its
+// lower end: operands are stored times a power of two that brings the largest of them near 2^target. bfloat16
+// has the range of float; its exponents are 0, known to the compiler.
 SLM_DEVICE float two_to(int exponent) { return as_float(uint32_t(127 + exponent) << 23); }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// |x|, and 0 for an infinity or a NaN, which no power of two could bring near.
+SLM_DEVICE float finite_size(float x) { return fabsf(x) < kInfinity ? fabsf(x) : 0.f; }
+
+// Of the power of two that brings the largest size of all lanes near 2^target.
+SLM_DEVICE int exponent_of(float largest, int target) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    const int exponent = target + 127 - int(as_bits(largest) >> 23);
+    return min(max(exponent, -30), 30);  // products of four powers stay finite
+}
 
 template <typename E, int N>
 SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
@@ -131,12 +142,8 @@ SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)  // an infinity is none that could be brought near
-                largest = fmaxf(largest, fabsf(x[n][e]) < kInfinity ? fabsf(x[n][e]) : 0.f);
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-        const int exponent = target + 127 - int(as_bits(largest) >> 23);
-        return min(max(exponent, -30), 30);  // products of three powers stay finite
+            for (int e = 0; e < 4; ++e) largest = fmaxf(largest, finite_size(x[n][e]));
+        return exponent_of(largest, target);
     } else {
         return 0;
     }

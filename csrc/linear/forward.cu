@@ -35,8 +35,8 @@
 //
 // Memory: 3 stages (2 where 3 do not fit) of q, k, v, M, Z and factors: 105 and 153 KiB for K = 64, 128 (135
 // and 183 with beta; 2 stages: 70, 102, 92, 124). o leaves through v's tile. 256 threads, one block a
-// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 148 and 221, with beta 206 and 228
-// (float16: 154, 217, 180, 220); no spills. With a third role for the copies there were 10 warps, three on
+// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 144 and 214, with beta 212 and 224
+// (float16: 147, 225, 180, 222); no spills. With a third role for the copies there were 10 warps, three on
 // some schedulers, and so 168 registers a thread: the delta rule spilled.
 //
 // Counted, a chunk and 64 columns, K = 128: 752 products m16n8k16 (1248 with beta), 244 KiB through shared
@@ -46,7 +46,8 @@
 // columns would halve it, but leave two schedulers without a state warp at 128 blocks; wgmma, which reads
 // the operands once a block, is what would go below. None of this has been measured.
 //
-// Missing: gates a channel (Triton has them); a split of long sequences where heads are few; a backward.
+// Missing: gates a channel; a split of long sequences where heads are few (function.py prefers Triton there); a
+// backward.
 //
 // Sources: Yang et al. 2024 (GLA, section 4; DeltaNet), Yang et al. 2025 (Gated DeltaNet, section 3.3), Dao
 // and Gu 2024 (Mamba-2, section 6: the chunked form), Arora et al. 2024 and ThunderKittens (the state in
@@ -274,17 +275,34 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
         }
         write_outputs<E>(p, work, stage.v(), column, chunk, o);
 
-        // S = total S + what was written, as the chunk's end keeps it. The chunk's sum is taken apart: tensor
-        // cores cut what they add to.
+        // S = total S + what was written, as the chunk's end keeps it, divided by |k|. The chunk's sum is taken
+        // apart: tensor cores cut what they add to.
         const float total = stage.get(kTotal);
+        const auto out_of = [&](int m, int n) {  // of the two tokens in values[m][n]
+            return stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
+        };
+        int of_kept = 0;
+        if (std::is_same_v<E, Half> && p.l2norm) {  // 1 / |k| is up to 1000
+            float largest = 0;
+#pragma unroll
+            for (int m = 0; m < 4; ++m)
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const float2 factor = out_of(m, n);
+                    largest = fmaxf(largest, finite_size(factor.x * first_of<E>(values[m][n])));
+                    largest = fmaxf(largest, finite_size(factor.y * second_of<E>(values[m][n])));
+                }
+            of_kept = exponent_of(largest, 13);
+        }
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
-                const float2 out_of = stage.template get<float2>(kOutOf, 16 * m + n / 2 * 8 + 2 * t);
-                values[m][n] =
-                    pack<E>(out_of.x * first_of<E>(values[m][n]), out_of.y * second_of<E>(values[m][n]));
+                const float2 factor = out_of(m, n);
+                values[m][n] = pack<E>(two_to(of_kept) * factor.x * first_of<E>(values[m][n]),
+                                       two_to(of_kept) * factor.y * second_of<E>(values[m][n]));
             }
+        const float of_added = two_to(-of_u - of_kept);
 #pragma unroll
         for (int n = 0; n < K / 16; ++n) {
             float added[2][4] = {};
@@ -298,7 +316,7 @@ SLM_DEVICE void carry_state(const Problem& p, const Work& work) {
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 float& x = s[2 * n + e / 4][e % 4];
-                x = x * total + added[e / 4][e % 4] * two_to(-of_u);
+                x = x * total + added[e / 4][e % 4] * of_added;
             }
         }
         if (chunk + p.stages < work.chunks) arrive_some(kRead + slot, kMakers + p.states());

@@ -141,7 +141,7 @@ def reason_against_cuda(call: Call) -> str | None:
     reason = native.reason_against_16bit(call.q)
     if reason is None and call.q.device.type == "cuda":
         needed = SHARED_KIB[K > 64, call.beta is not None]
-        there = torch.cuda.get_device_properties(call.q.device).shared_memory_per_block_optin // 1024
+        there = native.shared_kib(call.q.device)
         if there < needed:
             return f"the CUDA kernel needs {needed} KiB of shared memory a block, this GPU has {there}"
     return reason
@@ -153,13 +153,30 @@ def reason_against_native(call: Call) -> str | None:
     return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
 
 
+def slower_than_triton(call: Call) -> str | None:
+    """Why Triton should run a call that the CUDA C++ kernel takes, if it should.
+
+    A block of that goes through its sequence alone, about 1 us for 64 tokens. Triton splits long sequences
+    where heads are few, and takes about 4 us for 64 tokens of a segment, its two sweeps together. It has
+    2 FEW / blocks segments and wins from 4 on; asked for are 8, since both times are counted, not measured.
+    """
+    (B, T, H, V), cu = call.v.shape, call.cu_seqlens
+    N = B if cu is None else cu.shape[0] - 1
+    blocks = N * H * -(-V // 32)
+    few, long = 0 < blocks <= triton_kernels.FEW // 4, B * T >= N * triton_kernels.LONG
+    return (
+        "sequences are long and heads few: Triton splits them" if few and long and call.beta is None else None
+    )
+
+
 # Best first.
 SUPPORTS = {
     "native": reason_against_native,
     "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
-OPERATION = register(Operation("linear_attention", dict(SUPPORTS), prepare))
+GIVES_WAY = {"native": lambda call: slower_than_triton(call) if call.q.device.type == "cuda" else None}
+OPERATION = register(Operation("linear_attention", dict(SUPPORTS), prepare, GIVES_WAY))
 
 
 def segment_length(K: int, V: int) -> int:

@@ -9,7 +9,7 @@ from ... import native
 from ...autograd import mark_changed
 from ...dispatch import Operation, register
 from ...validation import State, check_flag, check_number, check_state, fail
-from .function import SUPPORTS, Call, attend, check_gates, check_tokens
+from .function import GIVES_WAY, SUPPORTS, Call, attend, check_gates, check_tokens
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call
 
@@ -75,8 +75,13 @@ def reason_against_native(call: StepCall) -> str | None:
     return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
 
 
+def gives_way(call: StepCall) -> str | None:
+    """Why Triton should run a call that native kernels can run, if it should: only one of many tokens."""
+    return GIVES_WAY["native"](full_call(call)) if call.q.shape[1] > FEW_TOKENS else None
+
+
 SUPPORTS_STEP = {**SUPPORTS, "native": reason_against_native}
-OPERATION = register(Operation("linear_attention_step", SUPPORTS_STEP, prepare))
+OPERATION = register(Operation("linear_attention_step", SUPPORTS_STEP, prepare, {"native": gives_way}))
 
 
 def linear_attention_step(

@@ -156,7 +156,8 @@ def test_raw_operators_refuse_what_does_not_fit():
     of_segments = (
         {"cu": CU.long()}, {"cu": CU[:2]}, {"cu": CU + CU // 6}, {"cu": CU.clamp(min=1)}, {"cu": CU[None]},
         {"cu": FALLING, "indices": zeros(3).int()},
-        {"indices": zeros(3).int()}, {"indices": zeros(2, 1).int()},
+        {"indices": zeros(3).int()}, {"indices": zeros(2, 1).int()}, {"weights": zeros(6, 1)},
+        {"cu": CU[:1], "indices": zeros(0).int()},
     )  # fmt: skip
     dy, h = zeros(6, 8), forward(*fits.values(), True)[1]
     of_rows = forward(*segments.values(), True)[1]

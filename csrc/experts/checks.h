@@ -48,6 +48,8 @@ inline Sizes check(const Tensor& x, const Tensor& indices, const Optional& weigh
                         "cu_seqlens must be an int32 tensor [N+1]");
         STD_TORCH_CHECK(indices.dim() == 1 && indices.size(0) + 1 == cu->size(0),
                         "indices must be [N] with cu_seqlens [N+1]");
+        STD_TORCH_CHECK(indices.size(0) > 0 || T == 0, "cu_seqlens must have a segment for x's tokens");
+        STD_TORCH_CHECK(!weights.has_value(), "weights must be absent beside cu_seqlens");
         return {T, d, n, H, E, 1, gated};
     }
     STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == T && indices.size(1) > 0,

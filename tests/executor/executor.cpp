@@ -166,6 +166,12 @@ int architecture() {
     return wanted != nullptr ? std::atoi(wanted) : 80;
 }
 
+int shared_limit() {  // CUDA C++ Programming Guide, table of compute capabilities
+    const int number = architecture();
+    if (number == 80 || number == 87) return 163 * 1024;
+    return (number >= 90 && number < 120 ? 227 : 99) * 1024;
+}
+
 void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
     STD_TORCH_CHECK(threads > 0 && threads <= 1024 && threads % kWarp == 0, "launch: ", threads, " threads");
     body = &kernel;

@@ -66,6 +66,7 @@ View view(const torch::stable::Tensor& x);
 void know(View view);
 void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 int architecture();
+int shared_limit();
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -233,7 +234,7 @@ class Device {
     ~Device();
     int multiprocessors() const { return 4; }
     int architecture() const { return executor::architecture(); }
-    int shared_limit() const { return (architecture() >= 90 ? 227 : 163) * 1024; }
+    int shared_limit() const { return executor::shared_limit(); }
     void clear(void* data, int64_t bytes) const { std::memset(data, 0, size_t(bytes)); }
 
     template <typename... P, typename... A>

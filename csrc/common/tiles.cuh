@@ -38,8 +38,8 @@ SLM_DEVICE void copy_rows(Tile<C> to, int rows, int columns, int thread, int thr
     }
 }
 
-// Where lane-dependent `lane_row` and `lane_piece` (0 or 1) of a [16, 16] lie that begins at `row`, `column`, which
-// are multiples of 8 and 16: then these flip and add constants to one address a lane.
+// Where lane-dependent `lane_row` and `lane_piece` (0 or 1) of a [16, 16] lie that begins at `row`, `column`,
+// which are multiples of 8 and 16: then these flip and add constants to one address a lane.
 template <int C>
 SLM_DEVICE Shared matrix_row(Tile<C> tile, int row, int column, int lane_row, int lane_piece) {
     const int bytes = column * 2;

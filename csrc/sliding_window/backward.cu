@@ -1,4 +1,40 @@
-// Sliding-window attention, backward.
+// Sliding-window attention, backward, for compute capability 8.0 and later: two kernels, no atomics, the same
+// bits every time.
+//
+// With P = 2^(x u - lse log2 e), recomputed tile by tile (Dao 2023, FlashAttention-2, section 3.1.2):
+//
+//     delta_i = dO_i . O_i - dlse_i        dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)
+//     dQ = scale dS K                      dK = scale dS^T Q
+//     with a softcap dS gains the factor 1 - tanh^2; a sink gets - sum of 2^((sink - lse) log2 e) delta
+//
+// dq_kernel has the forward's split, a warp a head and 32 queries (16 for 128 columns), and walks over the
+// keys that they see. It first computes delta, once, and writes it beside lse for the other kernel; a row
+// that sees nothing gets lse = +inf, so that its P is 0. dkv_kernel has a block for 128 keys (64 for 128
+// columns) of a key-value head, 32 (16) a warp, and walks over the queries that see them, head by head of the
+// group: so the sum over the group stays in registers, and GQA costs no memory. Its products are transposed,
+// [keys, queries], so that P^T and dS^T go from registers into the second products. Both walk, skip and mask
+// as the forward does. sinks_kernel adds up what the warps of dq_kernel left of the sinks' gradient, in one
+// order.
+//
+// That is 7 products where a single pass has 5. A single pass adds dQ to a float32 copy in memory, by atomics
+// or in turns, and converts it: with a window each row of dQ meets only W / 64 + 1 tiles, so that the copy
+// moves (W / 64 + 3) 4 D bytes a row to save two products: W = 256, D = 64: 1.8 KB, 0.37 ns at 4.8 TB/s (less
+// where L2 holds it), for 65 KFLOP, 0.11 ns at 613 TFLOP/s; and turns make blocks wait.
+//
+// P and dS are rounded to 16 bits for the tensor cores, as they are there in every flash attention; all else
+// is float32. Scores outside the window become -inf before exp2.
+//
+// Count, B = 4, T = 8192, Hq = 16, Hkv = 4, D = 64, W = 512, H200: 7 products are 240 GFLOP in the window,
+// 256 computed: 0.42 ms of mma.sync at 0.62 of 989 TFLOP/s, the floor; 0.5 GB are 0.1 ms, 2 x 285 M exp2 0.15
+// ms. A step of dkv_kernel, 32 keys x 32 queries a warp with 64 columns, is 128 mma, and reads by ldmatrix 16
+// KiB of Q and dO (each twice, straight and transposed) and 16 KiB of K and V: 832 and 1024 clocks a block.
+//
+// ptxas, registers for sm_80 and sm_90a, no spills; shared memory; 2 blocks a multiprocessor are meant:
+//     dq, 64 columns: 245, 245; 64.5 KiB.       dq, 128 columns: 172, 177; 64.25 KiB.
+//     dkv, 64 columns: 242, 244; 65 KiB.        dkv, 128 columns: 247, 247; 64.5 KiB.
+// Considered for dkv with 64 columns: steps of 32 queries, which read K and V half as often, and 16 with K
+// held in registers; both spill 1 to 6 registers on one of the architectures. Nothing here has run on a GPU
+// yet.
 #include <type_traits>
 
 #include "window.cuh"
@@ -10,8 +46,8 @@ struct Backward {
     WindowProblem window;
     Rows dout, o, dq, dk, dv;
     const float *lse, *dlse;  // [B, Hq, T]; dlse may be null
-    float2* statistics;       // [B, Hq, T]: lse in log2 units, +inf for rows that see nothing; delta
-    float* parts;             // [Hq, B, parts]: of the sinks' gradient, or null
+    float2* statistics;  // [B, Hq, T]: lse in log2 units, +inf for rows that see nothing; delta
+    float* parts;  // [Hq, B, parts]: of the sinks' gradient, or null
 };
 
 template <int C>
@@ -19,7 +55,7 @@ struct QueriesShape {
     static constexpr int kRows = C == 64 ? 32 : 16;  // queries a warp
     static constexpr int kThreads = 4 * kWarp;
     static constexpr int kTile = C == 64 ? 64 : 32, kStep = 32;  // keys copied, keys multiplied at a time
-    static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 16 * kRows * int(sizeof(float));
+    static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 4 * kRows * int(sizeof(float));
 };
 
 template <int C>
@@ -31,8 +67,8 @@ struct KeysShape {
     static constexpr int kBytes = Tile<C>::bytes(8 * kRows + 4 * kTile) + 2 * kTile * int(sizeof(float2));
 };
 
-// P from a score x; x becomes what multiplies dP - delta: P, and with a softcap times the derivative of tanh. Hidden
-// scores are -inf, or less than -1 with a softcap: both give 0.
+// P from a score x; x becomes what multiplies dP - delta: P, and with a softcap times the derivative of tanh.
+// Hidden scores are -inf, or less than -1 with a softcap: both give 0.
 template <bool kCapped>
 SLM_DEVICE float weigh(float& x, float unit, float lse) {
     const float p = exp2(fmaf(x, unit, -lse)), y = fmaxf(x, -1.f);
@@ -40,8 +76,8 @@ SLM_DEVICE float weigh(float& x, float unit, float lse) {
     return p;
 }
 
-// delta = sum do o - dlse of the warp's rows, 16 bytes of a row a lane: kept in `deltas`, written with lse for the
-// other kernel. Returns the warp's part of the sink's gradient.
+// delta = sum do o - dlse of the warp's rows, 16 bytes of a row a lane: kept in `deltas`, written with lse
+// for the other kernel. Returns the warp's part of the sink's gradient.
 template <typename E, int C, int kRows>
 SLM_DEVICE float write_deltas(const Backward& p, const QueryTile<kRows>& at, Tile<C> douts, Shared deltas) {
     constexpr int kPieces = Tile<C>::kPieces;

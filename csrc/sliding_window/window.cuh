@@ -1,11 +1,11 @@
-// What the CUDA kernels of sliding-window attention share: the problem as they are given it, where the rows of a
-// block stand, which rows of the other side they meet, the mask at the window's edges, products of tiles, and the
-// softmax's state.
+// What the CUDA kernels of sliding-window attention share: the problem as they are given it, where the rows
+// of a block stand, which rows of the other side they meet, the mask at the window's edges, products of
+// tiles, and the softmax's state.
 //
-// Packed sequences: tile t of `rows` rows belongs to the sequence n with cu[n] / rows + n <= t < the same of n + 1.
-// Those ranges rise strictly and are long enough for every sequence, so that the number of tiles, total / rows + N,
-// follows from shapes alone (the host never waits for the device), and a warp finds its n by a search, 32 places at
-// a time. Surplus tiles stand past the end of their sequence.
+// Packed sequences: tile t of `rows` rows belongs to the sequence n with cu[n] / rows + n <= t < the same of
+// n + 1. Those ranges rise strictly and are long enough for every sequence, so that the number of tiles,
+// total / rows + N, follows from shapes alone (the host never waits for the device), and a warp finds its n
+// by a search, 32 places at a time. Surplus tiles stand past the end of their sequence.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,9 @@
 
 namespace slm {
 
-// Rows meet columns from `before` before to `after` after their own position: the window, for queries among keys
-// and, turned round, for keys among queries. It is the geometry of band.h for tiles; of rows i.. and columns j..
-// only the distance i - j matters.
+// Rows meet columns from `before` before to `after` after their own position: the window, for queries among
+// keys and, turned round, for keys among queries. It is the geometry of band.h for tiles; of rows i.. and
+// columns j.. only the distance i - j matters.
 struct Window {
     int before, after;
 
@@ -33,8 +33,9 @@ struct Window {
     }
 };
 
-// Queries [B, T, Hq, D], keys [B, S, H, D], values [B, S, H, Dv]. In log2 units a score is `unit` x with x = q.k;
-// if `rewrite`, with x = inner q.k, and if `capped`, with x = tanh(inner q.k). unit is positive in these two cases.
+// Queries [B, T, Hq, D], keys [B, S, H, D], values [B, S, H, Dv]. In log2 units a score is `unit` x with x =
+// q.k; if `rewrite`, with x = inner q.k, and if `capped`, with x = tanh(inner q.k). unit is positive in these
+// two cases.
 struct WindowProblem {
     Rows q, k, v;
     const float* sinks;  // [Hq], or null
@@ -55,8 +56,8 @@ constexpr int tile_count(int length, int rows, int N, bool packed) {
     return packed ? length / rows + N : (length + rows - 1) / rows;
 }
 
-// A tile in its sequence: that begins at row `start` of the tensor and has `length` rows, the tile begins at its
-// row `first`. other_start, other_length: the same sequence on the other side, keys for queries.
+// A tile in its sequence: that begins at row `start` of the tensor and has `length` rows, the tile begins at
+// its row `first`. other_start, other_length: the same sequence on the other side, keys for queries.
 struct Place {
     int start, length, first, other_start, other_length;
 };
@@ -184,7 +185,8 @@ class Operand {
     uint32_t held_[kHeld ? M : 1][kHeld ? C / 16 : 1][4];
 };
 
-// s [16 M, 8 N] += a b^T over C columns: operand(x, m, k) gives rows 16 m, columns 16 k of a; b are rows of a tile.
+// s [16 M, 8 N] += a b^T over C columns: operand(x, m, k) gives rows 16 m, columns 16 k of a; b are rows of a
+// tile.
 template <typename E, int M, int N, int C, typename Operand>
 SLM_DEVICE void multiply_transposed(float (&s)[M][N][4], Operand operand, Tile<C> b) {
 #pragma unroll
@@ -293,9 +295,10 @@ SLM_DEVICE void hide(float (&s)[M][N][4], Window window, int distance, int end, 
     }
 }
 
-// The online softmax of a thread's rows 16 m + 8 half + lane / 4 (Dao 2023, FlashAttention-2, section 3.1). The shift
-// m may lag behind the maximum by up to 2^8: that is as good, and o is rescaled only at a row's first keys and
-// rarely after (the lazy rescaling of FlashAttention-4). A row's bits do not depend on other rows.
+// The online softmax of a thread's rows 16 m + 8 half + lane / 4 (Dao 2023, FlashAttention-2, section 3.1).
+// The shift m may lag behind the maximum by up to 2^8: that is as good, and o is rescaled only at a row's
+// first keys and rarely after (the lazy rescaling of FlashAttention-4). A row's bits do not depend on other
+// rows.
 template <int M>
 struct Softmax {
     static constexpr float kNone = -INFINITY, kLag = 8;
@@ -306,7 +309,8 @@ struct Softmax {
         for (int n = 0; n < 2 * M; ++n) m[n / 2][n % 2] = kNone, l[n / 2][n % 2] = 0;
     }
 
-    // s, times `unit` in log2 units and -inf where hidden, becomes P; rescale(m, half, factor) where the shift rose.
+    // s, times `unit` in log2 units and -inf where hidden, becomes P; rescale(m, half, factor) where the
+    // shift rose.
     template <int N, typename Rescale>
     SLM_DEVICE void update(float (&s)[M][N][4], float unit, Rescale rescale) {
         float top[M][2];

@@ -255,7 +255,7 @@ def test_reasons():
         ({4: lambda x: x[:, :3]}, "dout and o must be"),
         ({5: lambda x: x[..., :3]}, "dlse must be"),
     ],
-    ids=str,
+    ids=["dtype", "dtypes", "sizes", "multiples", "sinks", "do", "dlse"],
 )
 def test_errors(change, message):
     tensors = halves(1, 5, 5, 2, 1, 64, 64)

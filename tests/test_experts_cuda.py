@@ -118,6 +118,12 @@ def test_many_segments():
     check(torch.bfloat16, lengths=lengths, d=8, n=8, E=3)
 
 
+def test_little_shared_memory(monkeypatch):
+    """Where a block has 99 KB, large tiles do not fit: others take their place."""
+    monkeypatch.setenv("SLM_EXECUTOR_ARCHITECTURE", "86")
+    check(torch.bfloat16, **LARGE)
+
+
 @every_dtype
 @pytest.mark.parametrize("tile", ["small", "segments"])
 def test_strides(tile, dtype):
@@ -153,9 +159,11 @@ def test_matrices_of_one_expert_for_all(dtype):
 
 @every_dtype
 @every_tile
-def test_two_runs_are_equal_and_saving_changes_nothing(tile, dtype):
+def test_two_runs_are_equal_and_saving_changes_nothing(tile, dtype, monkeypatch):
+    """The second run has blocks and threads in the opposite order."""
     tensors, options = case(dtype, **TILES[tile])
     y, h = forward(tensors, options, True)
+    monkeypatch.setenv("SLM_EXECUTOR_ORDER", "reverse")
     assert all(map(torch.equal, forward(tensors, options, True), (y, h)))
     again, none = forward(tensors, options)
     assert torch.equal(again, y)
@@ -206,14 +214,20 @@ def sorted_tokens(indices, E):
 
 
 @pytest.mark.parametrize(
-    ("T", "k", "E"),
-    [(1, 1, 1), (3, 2, 300), (700, 3, 5), (60, 5, 700), (4100, 1, 3), (1030, 1, 10300)],
-    ids=["one", "few", "several", "many-experts", "long", "several-blocks"],
-)
-def test_sort(T, k, E):
+    ("T", "k", "E", "architecture"),
+    [
+        (1, 1, 1, 80), (3, 2, 300, 80), (700, 3, 5, 80), (60, 5, 700, 80), (4100, 1, 3, 80),
+        (1030, 1, 10300, 80), (600, 1, 2**14, 86),
+    ],
+    ids=["one", "few", "several", "many-experts", "long", "several-blocks", "little-memory"],
+)  # fmt: skip
+def test_sort(T, k, E, architecture, monkeypatch):
     """A stable sort of slots by expert, absent ones last; in one block, or in several."""
+    monkeypatch.setenv("SLM_EXECUTOR_ARCHITECTURE", str(architecture))
     generator = torch.Generator().manual_seed(T)
     indices = torch.randint(-1, E + 1, (T, k), dtype=torch.int32, generator=generator)
+    if E > 1000:  # of 60 of them, which are fewer tiles
+        indices = indices.flatten()[torch.randint(60, (T, k), generator=generator)]
     ranges = torch.where((indices >= 0) & (indices < E), indices, E).flatten()
     order = ranges.argsort(stable=True)
     present = ranges[order] < E
@@ -286,11 +300,32 @@ def test_raw_operator_refuses_what_does_not_fit():
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="must be"):
             changed(**misfit)
+    one = torch.zeros(2, 1, dtype=torch.int32)
+    for d, n in ((2**29, 8), (8, 2**29)):
+        x = zeros(1, 1).expand(2, d)
+        wide = {"w_gate_up": zeros(1, 1, 1).expand(1, 2 * n, d), "w_down": zeros(1, 1, 1).expand(1, d, n)}
+        with pytest.raises(RuntimeError, match="up to 268435456"):
+            forward({"x": x, "weights": torch.zeros(2, 1)} | wide, options | {"indices": one})
     segments, of = case(lengths=(3, 2), d=16, n=8)
-    cu = of["cu_seqlens"]
-    for misfit in ({"cu_seqlens": cu.long()}, {"cu_seqlens": cu[:2]}, {"cu_seqlens": cu[None]}):
-        with pytest.raises(RuntimeError, match="must be"):
+    cu, experts = of["cu_seqlens"], of["expert_of_segment"]
+    for misfit in (
+        {"cu_seqlens": cu.long()}, {"cu_seqlens": cu[:2]}, {"cu_seqlens": cu[None]},
+        {"cu_seqlens": cu[:1], "expert_of_segment": experts[:0]},
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="must"):
             forward(segments, of | misfit)
+    with pytest.raises(RuntimeError, match="weights must be absent"):
+        forward(segments | {"weights": torch.ones(5, 1)}, of)
+
+
+def test_wrong_offsets_touch_no_other_memory():
+    """The host cannot look at them; the executor would report what lies outside."""
+    most = 2**31 - 1
+    for offsets in (
+        [3, 7], [0, 3], [0, 90], [0, most, 0, most], [0, 9, 2, 50], [-9, most, -most, 4], [0, most] * 700,
+    ):  # fmt: skip
+        tensors, options = case(lengths=(50,) + (0,) * (len(offsets) - 2), d=16, n=8)
+        forward(tensors, options | {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)})
 
 
 def call(dtype=torch.bfloat16, d=16, n=8, **sizes):
@@ -304,14 +339,28 @@ def call(dtype=torch.bfloat16, d=16, n=8, **sizes):
     ("changes", "reason"),
     [
         ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
-        ({"d": 12}, "multiples of 8, not d = 12, n = 8"),
-        ({"n": 20}, "multiples of 8, not d = 16, n = 20"),
-        ({"d": 8, "E": 2**14 + 1}, "up to 16384 experts and 1073741824 rows, not E = 16385"),
+        ({"d": 12}, "multiples of 8 up to 268435456, not d = 12, n = 8"),
+        ({"n": 20}, "multiples of 8 up to 268435456, not d = 16, n = 20"),
+        ({"d": 8, "E": 2**14 + 1}, "up to 16384 experts and 536870912 rows, not E = 16385"),
     ],
 )
 def test_reasons(changes, reason):
     assert function.reason_against_cuda(call()) is None
     assert reason in function.reason_against_cuda(call(**changes))
+
+
+def test_reasons_of_size():
+    fits = call(k=1)
+    x, down = fits.x[:1, :1], fits.w_down[:1, :1, :1]
+    for T, d, reason in (
+        (2, 2**29, "up to 268435456, not d = 536870912"),
+        (2**29 + 8, 8, "not E = 1, T k = 536870920"),
+        (2**20, 2**14, "fewer than 17179869184 numbers"),
+    ):
+        large = {"x": x.expand(T, d), "indices": fits.indices[:1].expand(T, 1)}
+        with torch.no_grad():
+            found = function.reason_against_cuda(fits._replace(**large, w_down=down.expand(1, d, 8)))
+        assert reason in found
 
 
 def test_gradients_are_not_for_cuda_yet():

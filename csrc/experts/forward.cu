@@ -21,8 +21,8 @@
 // that does all experts of a token; writing them scattered and reading k of them is 268 of the 570 MB, and the
 // price of order. In float32 it would be 536.
 //
-// By ptxas, for sm_80 and sm_90a: 244 to 252 registers a thread (Large), 162 to 166 (Middle), 72 to 75 (Small),
-// sorts 54 at most, combination 26; nothing spills. Large's loop over steps is 273 instructions on sm_90a, 128 of
+// By ptxas, for sm_80 and sm_90a: 242 to 244 registers a thread (Large), 153 to 164 (Middle), 72 to 80 (Small),
+// sorts 55 at most, combination 26; nothing spills. Large's loop over steps is 265 instructions on sm_90a, 128 of
 // them mma, 32 ldmatrix, 12 copies. What it does not hide are the stores of a tile, some 4000 clocks of the up
 // product's 21000 (activations: two MUFU a unit, 2000) and 2500 of the down product's 10000: another block's
 // products would, but two of 128 x 128 would ask L2 for a third more than it gives.
@@ -30,6 +30,8 @@
 // Sources: grouped products of gathered rows and an aggregation of its own, without scatter: SonicMoE (2025); the
 // experts of tiles found on the device: vLLM's moe_align_block_size; the multistage pipeline: CUTLASS, "Efficient
 // GEMM"; ranks within a warp by match: Ashkiani et al. 2016 (GPU multisplit), with ballots.
+#include <algorithm>
+
 #include "checks.h"
 #include "gemm.cuh"
 
@@ -39,7 +41,8 @@ namespace {
 using experts::Sizes;
 
 constexpr int kCombineThreads = 256;
-constexpr int64_t kMostSlots = int64_t(1) << 30;
+constexpr int64_t kMostChannels = int64_t(1) << 28;  // their number, and 2n with a tile beyond, fit an int
+constexpr int64_t kMostNumbers = int64_t(1) << 34;  // of y, eight a thread
 
 // y [T, d] = sums of k rows each. A thread makes eight numbers.
 struct Combine {
@@ -60,11 +63,11 @@ combine_kernel(const __grid_constant__ Combine p) {
 #pragma unroll 4
     for (int j = 0; j < p.k; ++j, row += d) {
         float x[8];
-        load_eight(x, row);
+        widen(load_eight(row), x);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] += x[i];
     }
-    store_eight(static_cast<E*>(p.y) + int64_t(at) * 8, sum);
+    store_eight(static_cast<E*>(p.y) + int64_t(at) * 8, narrow<E>(sum));
 }
 
 // Experts' matrices [E, rows, columns], or their transposed view if their columns are contiguous: as they lie.
@@ -159,12 +162,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& indices, Optio
     const Device device(x);
     const Sizes size = experts::check(x, indices, weights, cu, up, down, b_up, b_down, activation);
     STD_TORCH_CHECK(is_16bit(x), "x must be bfloat16 or float16");
-    STD_TORCH_CHECK(size.d % 8 == 0 && size.n % 8 == 0, "d and n must be multiples of 8, not ", size.d,
-                    " and ", size.n);
+    STD_TORCH_CHECK(size.d % 8 == 0 && size.n % 8 == 0 && std::max(size.d, size.n) <= kMostChannels,
+                    "d and n must be multiples of 8 up to ", kMostChannels, ", not ", size.d, " and ",
+                    size.n);
     STD_TORCH_CHECK(size.E <= kMostExperts, "at most ", kMostExperts, " experts, not ", size.E);
     const int64_t slots = size.T * size.k;
-    STD_TORCH_CHECK(slots <= kMostSlots && size.T * size.d / 8 < (int64_t(1) << 31),
-                    "too many tokens: ", size.T);
+    STD_TORCH_CHECK(slots <= kMostRows && size.T * size.d < kMostNumbers, "too many tokens: ", size.T);
     const Tensor y = torch::stable::new_empty(x, {size.T, size.d});
     const Tensor h = torch::stable::new_empty(x, {save ? slots * size.H : 0});
     if (slots == 0) return {y, h};

@@ -37,10 +37,12 @@
 //
 // Large: ldmatrix reads 1/32 byte a FLOP from shared memory, 64 of 128 bytes a clock at sm_80's full rate, and
 // L2's 5.5 TB/s feed 470 TFLOP/s: 128 x 128 would stop at 350. Half of its last tile is empty on average, so it
-// wants 1.5 tiles of rows an expert, a block for each SM, and 145 KB (not sm_86 and 89). Small: decoding, where
-// each matrix is read by one tile and time is its bytes.
+// wants 1.5 tiles of rows an expert, a block for each SM, and 145 KB; where a block has 99 KB (sm_86, 89, 120)
+// Middle takes its place, one block an SM, and Small has two. Small: decoding, where each matrix is read by one
+// tile and time is its bytes.
 #pragma once
 
+#include "../common/eight.cuh"
 #include "../common/tiles.cuh"
 #include "activation.cuh"
 #include "sort.cuh"
@@ -232,36 +234,9 @@ struct Sums {  // of a warp
             }
     }
     SLM_DEVICE static void take(float (&x)[8], int row, int column) {
-        const float4 low = load<float4>(at(row, column)), high = load<float4>(at(row, column + 4));
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        widen(Eight<float>{load<float4>(at(row, column)), load<float4>(at(row, column + 4))}, x);
     }
 };
-
-template <typename E>
-SLM_DEVICE void load_eight(float (&x)[8], const E* from) {
-    const uint4 y = load<uint4>(static_cast<const void*>(from));
-    x[0] = first_of<E>(y.x), x[1] = second_of<E>(y.x), x[2] = first_of<E>(y.y), x[3] = second_of<E>(y.y);
-    x[4] = first_of<E>(y.z), x[5] = second_of<E>(y.z), x[6] = first_of<E>(y.w), x[7] = second_of<E>(y.w);
-}
-template <>
-SLM_DEVICE void load_eight<float>(float (&x)[8], const float* from) {
-    const float4 low = load<float4>(static_cast<const void*>(from));
-    const float4 high = load<float4>(static_cast<const void*>(from + 4));
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
-template <typename E>
-SLM_DEVICE void store_eight(E* to, const float (&x)[8]) {
-    store(static_cast<void*>(to),
-          make_uint4(pack<E>(x[0], x[1]), pack<E>(x[2], x[3]), pack<E>(x[4], x[5]), pack<E>(x[6], x[7])));
-}
-template <>
-SLM_DEVICE void store_eight<float>(float* to, const float (&x)[8]) {
-    store(static_cast<void*>(to), make_float4(x[0], x[1], x[2], x[3]));
-    store(static_cast<void*>(to + 4), make_float4(x[4], x[5], x[6], x[7]));
-}
 
 // What a row of the block's tile needs at the end; a thread loads it for one row.
 template <typename S>
@@ -298,8 +273,8 @@ SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, int above, int 
     float b_first[8] = {}, b_second[8] = {};
     if (p.bias && tile.expert >= 0) {
         const E* const bias = static_cast<const E*>(p.bias) + tile.expert * p.bias_expert;
-        load_eight(b_first, bias + first);
-        if (gated) load_eight(b_second, bias + second);
+        widen(load_eight(bias + first), b_first);
+        if (gated) widen(load_eight(bias + second), b_second);
     }
     for (int r = lane_of_thread() / pieces; r < S::kPartRows; r += kWarp / pieces) {
         if (above + r >= tile.rows) return;
@@ -309,12 +284,12 @@ SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, int above, int 
         Sums<S>::take(x, r, c);
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] += b_first[i];
-        if (h) store_eight(h + first, x);
+        if (h) store_eight(h + first, narrow<E>(x));
         if (gated) {
             Sums<S>::take(y, r, c + 8);
 #pragma unroll
             for (int i = 0; i < 8; ++i) y[i] += b_second[i];
-            if (h) store_eight(h + second, y);
+            if (h) store_eight(h + second, narrow<E>(y));
             if (p.interleaved) {
                 const float z[8] = {x[1], x[3], x[5], x[7], y[1], y[3], y[5], y[7]};
                 x[1] = x[2], x[2] = x[4], x[3] = x[6], x[4] = y[0], x[5] = y[2], x[6] = y[4], x[7] = y[6];
@@ -325,7 +300,7 @@ SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, int above, int 
         bend_all(x, p.activation);
 #pragma unroll
         for (int i = 0; gated && i < 8; ++i) x[i] *= y[i];
-        store_eight(static_cast<E*>(p.a) + row * p.n + unit, x);
+        store_eight(static_cast<E*>(p.a) + row * p.n + unit, narrow<E>(x));
     }
 }
 
@@ -337,7 +312,7 @@ SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, int above, in
     if (column >= p.columns) return;
     float bias[8] = {};
     if (p.bias && tile.expert >= 0)
-        load_eight(bias, static_cast<const E*>(p.bias) + tile.expert * p.bias_expert + column);
+        widen(load_eight(static_cast<const E*>(p.bias) + tile.expert * p.bias_expert + column), bias);
     for (int r = lane_of_thread() / kPieces; r < S::kPartRows; r += kWarp / kPieces) {
         if (above + r >= tile.rows) return;
         float x[8];
@@ -347,9 +322,9 @@ SLM_DEVICE void finish_down(const Product& p, const RowTile& tile, int above, in
         for (int i = 0; i < 8; ++i) x[i] = weight * (x[i] + bias[i]);
         const int64_t at = int64_t(load<int>(Ends<S>::slot_of(above + r))) * p.columns + column;
         if (p.parts)
-            store_eight(static_cast<Part<E>*>(p.out) + at, x);
+            store_eight(static_cast<Part<E>*>(p.out) + at, narrow<Part<E>>(x));
         else
-            store_eight(static_cast<E*>(p.out) + at, x);
+            store_eight(static_cast<E*>(p.out) + at, narrow<E>(x));
     }
 }
 

@@ -23,6 +23,7 @@ namespace {
 constexpr int kSlots = 16;  // of a thread, in registers
 constexpr int kSortThreads = 1024;
 constexpr int64_t kMostExperts = 16384;  // E << 16 fits an int
+constexpr int kMostRows = 1 << 29;  // twice as many fit an int
 
 // Rows [first, first + rows) of one range; expert -1: absent, whose results are 0.
 struct RowTile {
@@ -45,17 +46,25 @@ struct Board {
     }
 };
 
+// Two counts up to kMostRows in the halves of one number. A sum ends there: that of wrong offsets would be more.
+SLM_DEVICE uint64_t pair(int high, int low) { return uint64_t(high) << 32 | uint64_t(low); }
+SLM_DEVICE int high_of(uint64_t x) { return int(x >> 32); }
+SLM_DEVICE int low_of(uint64_t x) { return int(x & 0xffffffffu); }
+SLM_DEVICE uint64_t add_pairs(uint64_t a, uint64_t b) {
+    return pair(min(high_of(a) + high_of(b), kMostRows), min(low_of(a) + low_of(b), kMostRows));
+}
+
 SLM_DEVICE uint64_t prefix_sum(uint64_t x) {  // over the lanes, this one included
 #pragma unroll
     for (int delta = 1; delta < kWarp; delta *= 2) {
         const uint64_t below = shuffle_up(x, delta);
-        if (lane_of_thread() >= delta) x += below;
+        if (lane_of_thread() >= delta) x = add_pairs(x, below);
     }
     return x;
 }
 
 // One block cuts ranges that lie one after another into `bound` tiles: count(r) are a range's rows, and
-// start(r, row) learns where they begin. Never more than `total` rows, whatever the counts.
+// start(r, row) learns where they begin. Never more than `bound` tiles and `total` rows, whatever the counts.
 template <typename Count, typename Start, typename Expert>
 SLM_DEVICE void cut(int4* tiles, int bound, int tile_rows, int ranges, int total, Count count, Start start,
                     Expert expert) {
@@ -63,17 +72,17 @@ SLM_DEVICE void cut(int4* tiles, int bound, int tile_rows, int ranges, int total
     const int warp = warp_of_thread(), lane = lane_of_thread();
     uint64_t before = 0;  // tiles and rows of the ranges before, in the high and the low half
     for (int first = 0; first < ranges; first += threads) {
-        const int r = first + thread, rows = r < ranges ? max(count(r), 0) : 0;
-        const uint64_t mine = uint64_t((rows + tile_rows - 1) / tile_rows) << 32 | uint64_t(rows);
+        const int r = first + thread, rows = r < ranges ? min(max(count(r), 0), total) : 0;
+        const uint64_t mine = pair((rows + tile_rows - 1) / tile_rows, rows);
         const uint64_t here = prefix_sum(mine);
         if (lane == kWarp - 1) store(Board::sum(warp), here);
         sync_block();
         const uint64_t sums = prefix_sum(lane < warps ? load<uint64_t>(Board::sum(lane)) : 0);
-        const uint64_t up_to = before + here - mine + (warp > 0 ? shuffle(sums, warp - 1) : 0);
-        before += shuffle(sums, warps - 1);
-        const int row = int(up_to & 0xffffffffu);
-        if (r < ranges) start(r, row);
-        store(Board::range(thread), make_int4(int(up_to >> 32), row, rows, 0));
+        const uint64_t below = add_pairs(before, warp > 0 ? shuffle(sums, warp - 1) : 0);
+        const uint64_t up_to = add_pairs(below, here - mine);
+        before = add_pairs(before, shuffle(sums, warps - 1));
+        if (r < ranges) start(r, low_of(up_to));
+        store(Board::range(thread), make_int4(high_of(up_to), low_of(up_to), rows, 0));
         sync_block();
         for (int n = warp; n < threads && first + n < ranges; n += warps) {
             const int4 range = load<int4>(Board::range(n));  // first tile, first row, rows
@@ -86,7 +95,7 @@ SLM_DEVICE void cut(int4* tiles, int bound, int tile_rows, int ranges, int total
         }
         sync_block();
     }
-    for (int64_t t = int64_t(before >> 32) + thread; t < bound; t += threads)
+    for (int64_t t = int64_t(high_of(before)) + thread; t < bound; t += threads)
         store(tiles + t, make_int4(-1, 0, 0, 0));
 }
 

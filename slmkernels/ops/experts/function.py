@@ -14,7 +14,8 @@ from ...validation import check_cu_seqlens, check_float_tensor, check_like, fail
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
 
 LAYOUTS = ("concatenated", "interleaved")
-MOST_EXPERTS, MOST_ROWS = 2**14, 2**30  # of the CUDA C++ kernels
+# What the CUDA C++ kernels take: experts, rows, d and n, numbers of x.
+MOST_EXPERTS, MOST_ROWS, MOST_CHANNELS, MOST_NUMBERS = 2**14, 2**29, 2**28, 2**34
 
 
 class Call(NamedTuple):
@@ -115,12 +116,16 @@ def reason_against_cuda(call: Call) -> str | None:
     (E, d, n), rows = call.w_down.shape, call.indices.numel() if call.cu_seqlens is None else call.x.shape[0]
     if (reason := native.reason_against_16bit(call.x)) is not None:
         return reason
-    if d % 8 or n % 8:
-        return f"CUDA kernels take d and n that are multiples of 8, not d = {d}, n = {n}"
+    if d % 8 or n % 8 or max(d, n) > MOST_CHANNELS:
+        return (
+            f"CUDA kernels take d and n that are multiples of 8 up to {MOST_CHANNELS}, not d = {d}, n = {n}"
+        )
     if E > MOST_EXPERTS or rows > MOST_ROWS:
         return (
             f"CUDA kernels take up to {MOST_EXPERTS} experts and {MOST_ROWS} rows, not E = {E}, T k = {rows}"
         )
+    if call.x.numel() >= MOST_NUMBERS:
+        return f"CUDA kernels take x of fewer than {MOST_NUMBERS} numbers, not {call.x.numel()}"
     if wants_gradient(call):
         return "a gradient is wanted, and there is no native CUDA backward (Triton has one)"
     return None

@@ -90,6 +90,12 @@ def _reason_against_gpu(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of the GPU at `device`."""
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
 def shared_kib(device: torch.device) -> int:
     """What a block may take of the shared memory of the GPU at `device`."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024

@@ -363,6 +363,16 @@ def test_reasons_of_size():
         assert reason in found
 
 
+@pytest.mark.parametrize(
+    ("rows", "capability", "slower"),
+    [(512, (9, 0), True), (508, (9, 0), False), (512, (8, 0), False), (4096, (10, 0), False)],
+)
+def test_triton_is_preferred_where_it_has_wgmma(rows, capability, slower):
+    many = call(E=4, k=4)
+    changed = many._replace(indices=many.indices[:1].expand(rows // 4, 4))
+    assert (function.slower_than_triton(changed, capability) is not None) == slower
+
+
 def test_gradients_are_not_for_cuda_yet():
     fits = call()
     for name in ("x", "weights", *MATRICES):

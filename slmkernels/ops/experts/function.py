@@ -15,6 +15,7 @@ from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines o
 
 LAYOUTS = ("concatenated", "interleaved")
 # What the CUDA C++ kernels take: experts, rows, d and n, numbers of x.
+MANY = 128  # rows an expert, from where tensor cores are the limit
 MOST_EXPERTS, MOST_ROWS, MOST_CHANNELS, MOST_NUMBERS = 2**14, 2**29, 2**28, 2**34
 
 
@@ -111,9 +112,14 @@ def wants_gradient(call: Call) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def rows_of(call: Call) -> int:
+    """Rows that pass an expert: T k, or T of segments."""
+    return call.indices.numel() if call.cu_seqlens is None else call.x.shape[0]
+
+
 def reason_against_cuda(call: Call) -> str | None:
     """None where the CUDA C++ kernels can run a call by its sizes and dtypes, else why not."""
-    (E, d, n), rows = call.w_down.shape, call.indices.numel() if call.cu_seqlens is None else call.x.shape[0]
+    (E, d, n), rows = call.w_down.shape, rows_of(call)
     if (reason := native.reason_against_16bit(call.x)) is not None:
         return reason
     if d % 8 or n % 8 or max(d, n) > MOST_CHANNELS:
@@ -137,13 +143,30 @@ def reason_against_native(call: Call) -> str | None:
     return reason or (reason_against_cuda(call) if call.x.device.type == "cuda" else None)
 
 
+def slower_than_triton(call: Call, capability: tuple[int, int]) -> str | None:
+    """Why Triton should run a call that the CUDA C++ kernels take on a GPU of this capability, if it should.
+
+    They multiply by mma.sync, which has two thirds of wgmma's rate on 9.0. Below MANY rows an expert the
+    bytes of the matrices take longer than either. Counted, not measured.
+    """
+    many = rows_of(call) >= MANY * call.w_down.shape[0]
+    return "the CUDA kernels have no wgmma yet: Triton has" if many and capability[0] == 9 else None
+
+
+def gives_way(call: Call) -> str | None:
+    """The same for the GPU that x is on."""
+    device = call.x.device
+    return slower_than_triton(call, native.capability(device)) if device.type == "cuda" else None
+
+
+GIVES_WAY = {"native": gives_way}
 SUPPORTS = {
     "native": reason_against_native,
     "triton": lambda call: triton_support.reason_against_tensor("x", call.x),
     "reference": lambda call: None,
 }
-OPERATION = register(Operation("expert_mlp", dict(SUPPORTS), prepare))
-SEGMENTS = register(Operation("segment_mlp", dict(SUPPORTS), prepare_segments))
+OPERATION = register(Operation("expert_mlp", dict(SUPPORTS), prepare, GIVES_WAY))
+SEGMENTS = register(Operation("segment_mlp", dict(SUPPORTS), prepare_segments, GIVES_WAY))
 
 
 class ExpertMLP(Function):

@@ -151,19 +151,30 @@ SLM_DEVICE int exponent_for(const float (&x)[N][4], int target) {
 
 // --- Makers
 
+// Begins to copy `tokens` rows from `start` on into a tile of a chunk, and zeros into the others: `columns` of
+// each, a multiple of 8. A thread has the same 16 bytes of every so many rows: addresses are sums.
+template <typename E, int C>
+SLM_DEVICE void load_tile(Tile<C> tile, const E* start, int64_t stride, int tokens, int columns) {
+    constexpr int kRows = kMakers / Tile<C>::kPieces;  // at a time
+    const int first = int(threadIdx.x) / Tile<C>::kPieces, piece = int(threadIdx.x) % Tile<C>::kPieces;
+    const int rows = piece * 8 < columns ? tokens : 0;
+    start += first * stride + piece * 8;
+#pragma unroll
+    for (int row = 0; row < kChunk; row += kRows, start += kRows * stride)
+        copy_async(tile.from(row).piece(first, piece), start, first + row < rows);
+}
+
 // Begins to bring a chunk's q, k and v to its stage.
 template <typename E, int K, bool DELTA>
 SLM_DEVICE void load_tokens(const Problem& p, const Work& work, Stage<K, DELTA> stage, int chunk) {
-    const int thread = int(threadIdx.x), tokens = work.tokens(chunk), h = work.h / p.group;
-    const auto valid = [=](int row) { return row < tokens; };
-    const auto from = [&](const Rows& x, int head, int column) {
+    const int tokens = work.tokens(chunk), h = work.h / p.group;
+    const auto load_rows = [&](auto tile, const Rows& x, int head, int column, int columns) {
         const E* start = x.at<const E>(work.b, work.begin + int64_t(chunk) * kChunk, head) + column;
-        return [start, stride = x.t](int row) { return start + row * stride; };
+        load_tile(tile, start, x.t, tokens, columns);
     };
-    copy_rows<K, E>(stage.q(), kChunk, p.K, thread, kMakers, from(p.q, h, 0), valid);
-    copy_rows<K, E>(stage.k(), kChunk, p.K, thread, kMakers, from(p.k, h, 0), valid);
-    copy_rows<kSlice, E>(stage.v(), kChunk, min(p.columns, p.V - work.column), thread, kMakers,
-                         from(p.v, work.h, work.column), valid);
+    load_rows(stage.q(), p.q, h, 0, p.K);
+    load_rows(stage.k(), p.k, h, 0, p.K);
+    load_rows(stage.v(), p.v, work.h, work.column, min(p.columns, p.V - work.column));
 }
 
 // Gates and rates of two neighbouring tokens; of none where the chunk has ended.
@@ -359,7 +370,8 @@ SLM_DEVICE void invert(Layout<K, true> memory, Stage<K, true> stage, int warp, c
 template <typename E, int K, bool DELTA>
 SLM_DEVICE void make_chunks(const Problem& p, const Work& work) {
     const Layout<K, DELTA> memory{p.stages};
-    const int thread = int(threadIdx.x), warp = warp_of_thread(), g = lane_of_thread() / 4;
+    const int thread = int(threadIdx.x), g = lane_of_thread() / 4;
+    const int warp = shuffle(warp_of_thread(), 0);  // now the compiler knows that it is one for all lanes
     const int64_t place = (work.n * p.H + work.h) * p.K + thread;
     if (p.normalize && thread < K)
         store(memory.normalizer(thread), thread < p.K && p.z0 != nullptr ? load(p.z0 + place) : 0.f);

@@ -35,16 +35,17 @@
 //
 // Memory: 3 stages (2 where 3 do not fit) of q, k, v, M, Z and factors: 105 and 153 KiB for K = 64, 128 (135
 // and 183 with beta; 2 stages: 70, 102, 92, 124). o leaves through v's tile. 256 threads, one block a
-// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 144 and 214, with beta 212 and 224
-// (float16: 147, 225, 180, 222); no spills. With a third role for the copies there were 10 warps, three on
+// multiprocessor; registers as ptxas gives them for sm_80, K = 64, 128: 145 and 218, with beta 212 and 228
+// (float16: 148, 229, 186, 228); no spills. With a third role for the copies there were 10 warps, three on
 // some schedulers, and so 168 registers a thread: the delta rule spilled.
 //
 // Counted, a chunk and 64 columns, K = 128: 752 products m16n8k16 (1248 with beta), 244 KiB through shared
 // memory (344), mostly operands that each state warp reads for its 16 columns. B = 8, T = 2048, H = 8,
 // V = 128 on an H200: 134 MB, 28 us at 4.8 TB/s; 12.6 GFLOP (20.9), 21 (35) us at 600 TFLOP/s, about what is
-// known of mma.sync there; shared memory at 128 bytes a clock, 36 (50) us: that is the floor. Warps with 32
-// columns would halve it, but leave two schedulers without a state warp at 128 blocks; wgmma, which reads
-// the operands once a block, is what would go below. None of this has been measured.
+// known of mma.sync there; shared memory at 128 bytes a clock, 36 (50) us; about 2000 (3300) instructions a
+// scheduler, options that are not used left out, 36 (58) us: these are the floor. Warps with 32 columns would
+// halve the operands, but leave two schedulers without a state warp at 128 blocks; wgmma, which reads them once
+// a block, is what would go below both. None of this has been measured.
 //
 // Missing: gates a channel; a split of long sequences where heads are few (function.py prefers Triton there); a
 // backward.

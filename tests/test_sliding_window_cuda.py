@@ -122,6 +122,13 @@ def test_packed(lengths, lengths_k, window):
     check(tensors, torch.bfloat16, window=(window, 5), causal=False, cu_seqlens=cu, cu_seqlens_k=cu_k)
 
 
+@pytest.mark.parametrize("left", [30, 64])
+def test_every_distance(left):
+    """Tiles that just touch, or are just covered by, the window: queries against keys at all distances."""
+    for more in range(-33, 34):
+        check(inputs(9, 1, 66, 66 + more, 1, 1, 8, 8), torch.float16, window=(left, 3), causal=False)
+
+
 @pytest.mark.parametrize(("T", "S"), [(0, 5), (5, 0), (1, 1), (1, 131), (131, 1)])
 def test_smallest(T, S):
     check(inputs(3, 1, T, S, 2, 1, 64, 64, sinks=S > 0), torch.float16, window=3)

@@ -61,13 +61,13 @@ test-slow: $(INSTALLED) ## the exhaustive sweep
 lint: $(DEPS) ## formatting and lint, Python and C++
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests/executor -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(DEPS) ## rewrite every file as lint wants it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests/executor -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs $(VENV)/bin/clang-format -i
 
 # The sanitized package and its tests stand in a tree of their own, so that it and no other is imported.

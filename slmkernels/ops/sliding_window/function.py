@@ -112,6 +112,9 @@ def reason_against_cuda(call: Call) -> str | None:
             return f"{name} has head dimension {size}; CUDA kernels take multiples of 8 from 8 to 128"
     if call.q.shape[1] + call.k.shape[1] >= 2**29:
         return f"q and k have {call.q.shape[1] + call.k.shape[1]} rows; CUDA kernels take fewer than 2^29"
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.stride(1) >= 2**31:
+            return f"{name} has rows {x.stride(1)} numbers apart; CUDA kernels take fewer than 2^31"
     return native.reason_against_16bit(call.q)
 
 

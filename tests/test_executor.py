@@ -125,9 +125,3 @@ def test_tickets():
     for fault, message in enumerate(["block 0 of the same launch"] * 3 + ["block 0|no barrier"], start=1):
         with pytest.raises(RuntimeError, match=message):
             operators().tickets(x, fault)
-
-
-def test_tf32():
-    a, b = torch.randn(16, 8), torch.randn(8, 8)
-    rounded = [((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in (a, b)]
-    torch.testing.assert_close(operators().tf32(a, b), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-6)

@@ -231,21 +231,6 @@ SLM_MULTIPLY(BFloat16, "bf16")
 SLM_MULTIPLY(Half, "f16")
 #undef SLM_MULTIPLY
 
-// d [16, 8] += a [16, 8] b [8, 8] with 10 bits of mantissa. a[0]: row g, column t; a[1]: row g + 8; a[2], a[3]: the
-// same, column + 4; b0: row t, column g; b1: row t + 4. (9.7.14.5.7)
-SLM_DEVICE uint32_t as_tf32(float x) {
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
-}
-SLM_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 }  // namespace slm
 #endif  // SLM_EXECUTOR
 

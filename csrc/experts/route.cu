@@ -21,7 +21,7 @@
 //
 // Bytes: forward T E logits read, 8 T k written; backward T E read and written, 8 T k read: a few microseconds,
 // where instructions count as much: E = 32, k = 4 some 60 a token and warp, 2 us for T = 16384 on an H200.
-// Not run on hardware yet. ptxas, sm_80 and sm_90a: forward at most 93 registers (R = 16: 151), backward 63
+// Not run on hardware yet. ptxas, sm_80 and sm_90a: forward at most 95 registers (R = 16: 151), backward 63
 // (108); no spills.
 #include "../common/eight.cuh"
 #include "../common/launch.cuh"

@@ -26,8 +26,8 @@
 //
 // Count, B = 4, T = 8192, Hq = 16, Hkv = 4, D = 64, W = 512, H200: 7 products are 240 GFLOP in the window,
 // 256 computed: 0.42 ms of mma.sync at 0.62 of 989 TFLOP/s, the floor; 0.5 GB are 0.1 ms, 2 x 285 M exp2 0.15
-// ms. A step of dkv_kernel, 32 keys x 32 queries a warp with 64 columns, is 128 mma, and reads by ldmatrix 16
-// KiB of Q and dO (each twice, straight and transposed) and 16 KiB of K and V: 832 and 1024 clocks a block.
+// ms. Two steps of dkv_kernel, 32 keys x 32 queries a warp with 64 columns, are 128 mma, and read by ldmatrix
+// 16 KiB of Q and dO (each twice, straight and transposed) and 16 KiB of K and V: 832 and 1024 clocks a block.
 //
 // ptxas, registers for sm_80 and sm_90a, no spills; shared memory; 2 blocks a multiprocessor are meant:
 //     dq, 64 columns: 245, 245; 64.5 KiB.       dq, 128 columns: 172, 177; 64.25 KiB.

@@ -34,7 +34,6 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 OWN = (  # operators of kernels.cu and hopper_kernels.cu
     "product(Tensor a, Tensor b, int fault) -> Tensor",
     "warps(Tensor x) -> Tensor",
-    "tf32(Tensor a, Tensor b) -> Tensor",
     "two_products(Tensor a, Tensor b, Tensor c, int fault) -> Tensor",
     "matrices(Tensor image, int a, int b, bool b_is_mn) -> Tensor",
     "boxes(Tensor x, int row, int rows) -> Tensor",

@@ -356,10 +356,6 @@ uint16_t round_to<Half>(float x) {
     return bits;
 }
 
-uint32_t as_tf32(float x) {  // to nearest, ties away from 0; the 13 low bits are not used
-    return std::isfinite(x) ? (as_bits(x) + 0x1000) & ~0x1fffu : as_bits(x);
-}
-
 // --- Tensor cores. Fragments as the PTX ISA draws them, matrices as plain arrays between.
 
 namespace {
@@ -406,22 +402,33 @@ struct Product {
     uint32_t b[2];
 };
 
-// d += a b of a warp. `unpack(register, half)` gives a number; K numbers of a row, `pair` of them a register.
-template <int K, int pair, typename Unpack>
-void product(const char* what, int line, Product mine, Unpack unpack) {
+}  // namespace
+
+void load_matrices(uint32_t (&r)[4], Shared row, int line) {
+    gather_matrices("load_matrices", {row, r, false}, line);
+}
+void load_matrices_transposed(uint32_t (&r)[4], Shared row, int line) {
+    gather_matrices("load_matrices_transposed", {row, r, true}, line);
+}
+
+template <typename E>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+    Product mine{d, a, {b0, b1}};
     together(
-        what, &mine,
-        [unpack](void* const* of_lane) {
+        "multiply", &mine,
+        [](void* const* of_lane) {
+            constexpr int K = 16;
             float a[16][K], b[K][8];
             for (int l = 0; l < kWarp; ++l) {
                 const Product& lane = *static_cast<Product*>(of_lane[l]);
                 const int g = l / 4, t = l % 4;
-                for (int half = 0; half < pair; ++half)
+                for (int half = 0; half < 2; ++half)
                     for (int high = 0; high < 2; ++high) {
-                        const int k = pair * t + half + high * K / 2;
-                        a[g][k] = unpack(lane.a[2 * high], half);
-                        a[g + 8][k] = unpack(lane.a[2 * high + 1], half);
-                        b[k][g] = unpack(lane.b[high], half);
+                        const int k = 2 * t + half + high * K / 2;
+                        const auto unpack = half == 0 ? first_of<E> : second_of<E>;
+                        a[g][k] = unpack(lane.a[2 * high]);
+                        a[g + 8][k] = unpack(lane.a[2 * high + 1]);
+                        b[k][g] = unpack(lane.b[high]);
                     }
             }
             float d[16][8] = {};
@@ -434,30 +441,8 @@ void product(const char* what, int line, Product mine, Unpack unpack) {
         },
         line);
 }
-
-}  // namespace
-
-void load_matrices(uint32_t (&r)[4], Shared row, int line) {
-    gather_matrices("load_matrices", {row, r, false}, line);
-}
-void load_matrices_transposed(uint32_t (&r)[4], Shared row, int line) {
-    gather_matrices("load_matrices_transposed", {row, r, true}, line);
-}
-
-template <>
-void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
-    product<16, 2>("multiply", line, {d, a, {b0, b1}},
-                   [](uint32_t x, int half) { return to_float(BFloat16{uint16_t(x >> 16 * half)}); });
-}
-template <>
-void multiply<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
-    product<16, 2>("multiply", line, {d, a, {b0, b1}},
-                   [](uint32_t x, int half) { return to_float(Half{uint16_t(x >> 16 * half)}); });
-}
-void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
-    product<8, 1>("multiply_tf32", line, {d, a, {b0, b1}},
-                  [](uint32_t x, int) { return as_float(x & ~0x1fffu); });
-}
+template void multiply<BFloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t, int);
+template void multiply<Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t, int);
 
 Device::Device(const torch::stable::Tensor&) { ++devices; }
 Device::~Device() {

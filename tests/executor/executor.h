@@ -216,9 +216,6 @@ void load_matrices(uint32_t (&r)[4], Shared row, int line = __builtin_LINE());
 void load_matrices_transposed(uint32_t (&r)[4], Shared row, int line = __builtin_LINE());
 template <typename E>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE());
-uint32_t as_tf32(float x);
-void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                   int line = __builtin_LINE());
 
 // --- The host's side --------------------------------------------------------------------------------------
 

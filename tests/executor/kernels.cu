@@ -109,25 +109,6 @@ Tensor warps(const Tensor& x) {
     return o;
 }
 
-// d [16, 8] = a [16, 8] b [8, 8] in tf32, one warp.
-SLM_KERNEL(32, 1)
-tf32_kernel(const float* a, const float* b, float* o) {
-    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
-    const uint32_t x[4] = {as_tf32(load(a + g * 8 + t)), as_tf32(load(a + (g + 8) * 8 + t)),
-                           as_tf32(load(a + g * 8 + t + 4)), as_tf32(load(a + (g + 8) * 8 + t + 4))};
-    float d[4] = {};
-    multiply_tf32(d, x, as_tf32(load(b + t * 8 + g)), as_tf32(load(b + (t + 4) * 8 + g)));
-    for (int n = 0; n < 4; ++n) store(o + (g + n / 2 * 8) * 8 + 2 * t + n % 2, d[n]);
-}
-
-Tensor tf32(const Tensor& a, const Tensor& b) {
-    const Device device(a);
-    Tensor o = torch::stable::new_empty(a, {16, 8});
-    device.launch(tf32_kernel, dim3(1), 32, 0, static_cast<const float*>(pointer<float>(a)),
-                  static_cast<const float*>(pointer<float>(b)), pointer<float>(o));
-    return o;
-}
-
 // o = the sum over all blocks of the sums of 64 numbers each; the block that takes the last ticket adds them up.
 enum TicketFault : int64_t {
     whole = 0,
@@ -176,6 +157,5 @@ Tensor tickets(const Tensor& x, int64_t fault) {
 SLM_CUDA_OPERATORS(m) {
     m.impl("product", TORCH_BOX(&slm::product));
     m.impl("warps", TORCH_BOX(&slm::warps));
-    m.impl("tf32", TORCH_BOX(&slm::tf32));
     m.impl("tickets", TORCH_BOX(&slm::tickets));
 }

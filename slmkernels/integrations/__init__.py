@@ -1,0 +1,1 @@
+"""Doors into other libraries: transformers, and functions with the names of fla and FlashAttention."""

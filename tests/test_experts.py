@@ -67,6 +67,7 @@ CASES = {
     "interleaved": {"layout": "interleaved", "n": 17, "transposed": True},
     "relu2": {"activation": "relu2", "d": 30},
     "tanh": {"activation": "geglu_tanh", "layout": "interleaved"},
+    "clamped": {"activation": "swigluoai", "layout": "interleaved", "transposed": True},
     "large gates": {"gates": 20.0},
     "small gates": {"gates": 1e-4, "biases": False},
 }
@@ -96,8 +97,13 @@ def naive(x, weights=None, w_gate_up=None, w_down=None, b_gate_up=None, b_down=N
         "gelu_tanh": lambda h: 0.5 * h * (1 + math.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))),
         "silu": lambda h: h / (1 + math.exp(-h)),
         "relu2": lambda h: max(h, 0.0) ** 2,
+        "swigluoai": lambda h: min(h, 7.0) / (1 + math.exp(-1.702 * min(h, 7.0))),
     }
     act = normal[{"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(kind, kind)]
+
+    def factor(up):
+        return max(-7.0, min(up, 7.0)) + 1 if kind == "swigluoai" else up
+
     y = torch.zeros(T, d).double()
     for t in range(T):
         if "cu_seqlens" in options:
@@ -115,9 +121,9 @@ def naive(x, weights=None, w_gate_up=None, w_down=None, b_gate_up=None, b_down=N
             if kind not in GATED:
                 a = [act(value) for value in h]
             elif options["layout"] == "interleaved":
-                a = [act(h[2 * i]) * h[2 * i + 1] for i in range(n)]
+                a = [act(h[2 * i]) * factor(h[2 * i + 1]) for i in range(n)]
             else:
-                a = [act(h[i]) * h[n + i] for i in range(n)]
+                a = [act(h[i]) * factor(h[n + i]) for i in range(n)]
             for c in range(d):
                 out = sum(w_down[e, c, i].item() * a[i] for i in range(n))
                 y[t, c] += weight * (out + (0.0 if b_down is None else b_down[e, c].item()))

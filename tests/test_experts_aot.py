@@ -53,7 +53,7 @@ def compile_kernel(
     dtype=torch.bfloat16,
 ):  # fmt: skip
     """Compile one kernel as its launcher would -> dict(shared, registers, spills, asm)."""
-    kernel, H = KERNELS[kind], 2 * N if activation < 3 else N
+    kernel, H = KERNELS[kind], 2 * N if activation < 4 else N
     constants = {"D": D, "N": N, "ACTIVATION": activation, "INTERLEAVED": interleaved}
     constants |= {"TOP_K": 1 if segments else 8, "SCORE": score, "RENORMALIZE": renormalize, "K_PAD": 8}
     constants |= {"GROUPS": groups, "TOP_GROUPS": (groups + 1) // 2}
@@ -127,7 +127,8 @@ def test_default_tiles(kind, arch):
         ("sort", {"E": 1000}),
         ("up", {"interleaved": True}),
         ("up", {"interleaved": True, "transposed": True}),
-        ("up", {"segments": True, "activation": 3, "bias": False}),
+        ("up", {"interleaved": True, "activation": 3}),
+        ("up", {"segments": True, "activation": 4, "bias": False}),
         ("up", {"dtype": torch.float32}),
         ("up", {"D": 500, "N": 200, "activation": 1, "block_m": 128}),
         ("rows", {"down": False}),
@@ -135,7 +136,8 @@ def test_default_tiles(kind, arch):
         ("rows", {"segments": True, "transposed": True}),
         ("rows", {"dtype": torch.float32}),
         ("dh", {"interleaved": True, "activation": 2}),
-        ("dh", {"segments": True, "activation": 4, "transposed": True}),
+        ("dh", {"interleaved": True, "activation": 3}),
+        ("dh", {"segments": True, "activation": 5, "transposed": True}),
         ("dh", {"dtype": torch.float32, "activation": 1}),
         ("dh", {"dtype": torch.float32, "D": 20, "N": 13}),
         ("matrix", {"down": False}),
@@ -154,7 +156,7 @@ def test_variants(kind, options):
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"interleaved": True, "transposed": True}, {"activation": 4, "down": False}, {"D": 100, "N": 36}],
+    [{}, {"interleaved": True, "transposed": True}, {"activation": 5, "down": False}, {"D": 100, "N": 36}],
     ids=str,
 )
 @pytest.mark.parametrize(

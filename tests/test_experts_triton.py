@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from experts_cases import FORMS, MATRICES, check, make, public
+from experts_cases import FORMS, MATRICES, check, check_limits, make, public
 from rule import rounded, run, same_bits
 from torch import Tensor
 
@@ -82,6 +82,11 @@ def operands(tensors, options):
 @pytest.mark.parametrize(("activation", "layout"), FORMS)
 def test_forms(activation, layout, sizes):
     check(torch.float32, ours, activation=activation, layout=layout, **sizes)
+
+
+@every_dtype
+def test_limits(dtype):
+    check_limits(dtype, ours)
 
 
 @pytest.mark.parametrize("sizes", [SMALL | {"T": 40}, SEGMENTS], ids=["experts", "segments"])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from experts_cases import FORMS, MATRICES, every_form, every_tier, make, public
+from experts_cases import FORMS, MATRICES, check_limits, every_form, every_tier, make, public
 from rule import (
     DTYPES,
     every_backend,
@@ -29,7 +29,25 @@ from slmkernels.ops.experts.reference import GATED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_activations_at_any_size(dtype, activation, layout, backend):
     """y = act(x) of one channel, and its slope, also where exponentials over- and underflow."""
-    values = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 1.0, 3.0, 5.0, 10.0, 20.0, 50.0, 87.0, 89.0, 100.0, 710.0, 1e4]
+    values = [
+        0.0,
+        1e-30,
+        1e-6,
+        1e-3,
+        0.1,
+        1.0,
+        3.0,
+        5.0,
+        7.0,
+        10.0,
+        20.0,
+        50.0,
+        87.0,
+        89.0,
+        100.0,
+        710.0,
+        1e4,
+    ]
     values = torch.tensor([*values, *(-v for v in values)], dtype=dtype)
     gated = activation in GATED
 
@@ -49,6 +67,19 @@ def test_activations_at_any_size(dtype, activation, layout, backend):
         allowed = eps * (truth.abs()[:, 0] + size.double() * (1 + size.double().clamp(max=10)))
         error = (got.double() - truth).abs()[:, 0]
         assert (error <= allowed).all(), list(zip(values.tolist(), error.tolist(), strict=True))
+
+
+@every_dtype
+def test_limits_of_the_reference(dtype):
+    check_limits(dtype, public("reference"))
+
+
+@needs_native
+@every_dtype
+@every_tier
+def test_limits(tier, dtype):
+    with on_tier(tier):
+        check_limits(dtype, public("native"))
 
 
 @every_backend

@@ -14,6 +14,9 @@ ACTIVATE = {
     "swiglu": lambda h: F.silu(h[:5]) * h[5:],
     "geglu": lambda h: F.gelu(h[:5]) * h[5:],
     "relu2": lambda h: F.relu(h) ** 2,
+    "swigluoai": lambda h: (
+        (h[5:].clamp(-7, 7) + 1) * h[:5].clamp(max=7) * (1.702 * h[:5].clamp(max=7)).sigmoid()
+    ),
 }
 
 
@@ -34,8 +37,14 @@ def shared(m, x):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, RICH, {"activation": "geglu"}, {"activation": "relu2", "shared_hidden": 3, "top_k": 1}],
-    ids=["plain", "rich", "geglu", "relu2"],
+    [
+        {},
+        RICH,
+        {"activation": "geglu"},
+        {"activation": "swigluoai"},
+        {"activation": "relu2", "shared_hidden": 3, "top_k": 1},
+    ],
+    ids=["plain", "rich", "geglu", "swigluoai", "relu2"],
 )
 def test_sparse_experts_are_their_definition(options):
     m, x = sparse(**options), tokens(2, 9)
@@ -262,7 +271,7 @@ def test_the_selection_bias_is_float32_whatever_the_default_dtype():
 
 def test_a_feed_forward_layer_is_its_definition():
     torch.manual_seed(0)
-    for activation in ("swiglu", "geglu", "relu2"):
+    for activation in ACTIVATE:
         layer, x = FeedForward(6, 5, activation=activation, bias=True, **KIND), tokens(2, 3)
         stirred(layer)
         h = F.linear(x, layer.gate_up.weight, layer.gate_up.bias)

@@ -16,6 +16,11 @@ SLM_DEVICE float bend(float x) {
         return positive * positive;
     }
     const float low = x < -100.f ? -100.f : x;
+    if constexpr (A == experts::kSwigluOai) {
+        constexpr float limit = float(experts::kLimit), alpha = float(experts::kAlpha);
+        const float bounded = low > limit ? limit : low;
+        return bounded * reciprocal(1.f + exp2(bounded * -(alpha * kLog2e)));
+    }
     if constexpr (A == experts::kGelu) {  // x Phi(x), by erfc
         const float z = fabsf(x) * 0.70710678f, t = reciprocal(1.f + 0.5f * z);
         const float tail = 0.5f * exp2(z * z * -kLog2e) * (t * experts::erfc_polynomial(t));
@@ -39,6 +44,8 @@ SLM_DEVICE void bend_all(float (&x)[8], int activation) {
     switch (activation) {
         case experts::kSwiglu:
             return bend_all<experts::kSwiglu>(x);
+        case experts::kSwigluOai:
+            return bend_all<experts::kSwigluOai>(x);
         case experts::kRelu2:
             return bend_all<experts::kRelu2>(x);
         case experts::kGeglu:
@@ -47,6 +54,13 @@ SLM_DEVICE void bend_all(float (&x)[8], int activation) {
         default:
             return bend_all<experts::kGeluTanh>(x);
     }
+}
+
+// What the curve of a gate is multiplied by: up itself, but of GPT-OSS's SwiGLU. NaN stays.
+SLM_DEVICE float lift(float up, int activation) {
+    if (activation != experts::kSwigluOai) return up;
+    constexpr float limit = float(experts::kLimit);
+    return 1.f + (up > limit ? limit : up < -limit ? -limit : up);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 namespace slm::experts {
 
 // In the order of reference.ACTIVATIONS; those before kRelu2 have a gate.
-enum Activation { kSwiglu, kGeglu, kGegluTanh, kRelu2, kGelu, kGeluTanh };
-constexpr int kActivations = 6;
+enum Activation { kSwiglu, kGeglu, kGegluTanh, kSwigluOai, kRelu2, kGelu, kGeluTanh };
+constexpr int kActivations = 7;
 constexpr bool is_gated(int activation) { return activation < kRelu2; }
 
 // q(t) of erfc(z) = exp(-z^2) t q(t), t = 1 / (1 + z / 2), z >= 0: a weighted least-squares fit of degree 8,
@@ -24,5 +24,8 @@ constexpr V erfc_polynomial(V t) {
 
 // Twice sqrt(2 / pi), and the cubic part: gelu's tanh form is x sigmoid(kTanh x (1 + kCubic x^2)).
 constexpr double kTanh = 1.5957691216057307117597842397375, kCubic = 0.044715;
+
+// GPT-OSS's SwiGLU: gate sigmoid(kAlpha gate) (up + 1), gate at most kLimit, up within -kLimit and kLimit.
+constexpr double kAlpha = 1.702, kLimit = 7;
 
 }  // namespace slm::experts

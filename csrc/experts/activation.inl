@@ -1,4 +1,4 @@
-// Activations of a pre-activation h, or of its gate and its up: a = f(h), or f(gate) up; and f'.
+// Activations of a pre-activation h, or of its gate and its up: a = f(h), or f(gate) g(up); f' and g'.
 #pragma once
 
 #include "../common/sigmoid.h"
@@ -31,6 +31,13 @@ SLM_INLINE Vec<F> bend(Vec<F> x, Vec<F>* slope) {
         const Vec<F> positive = vmax<F>(Vec<F>{}, x);  // in this order NaN stays
         if (slope) *slope = positive + positive;
         return positive * positive;
+    } else if constexpr (A == kSwigluOai) {
+        constexpr F limit = F(kLimit), alpha = F(kAlpha);
+        const Vec<F> low = vmax<F>(splat<F>(F(-100)), x), bounded = low > limit ? splat<F>(limit) : low;
+        Vec<F> s, rest;
+        sigmoid<F>(alpha * bounded, s, rest);
+        if (slope) *slope = x > limit ? Vec<F>{} : s * (F(1) + alpha * bounded * rest);
+        return bounded * s;
     } else {
         // Where x is far out, f is x or 0 and its slope 1 or 0: `bounded` keeps inf * 0 away.
         const Vec<F> low = vmax<F>(splat<F>(F(-100)), x), bounded = low > F(100) ? splat<F>(F(100)) : low;
@@ -52,21 +59,38 @@ SLM_INLINE Vec<F> bend(Vec<F> x, Vec<F>* slope) {
     }
 }
 
+// g(up): up itself, but of GPT-OSS's SwiGLU; and its derivative if asked.
+template <typename F, int A>
+SLM_INLINE Vec<F> lift(Vec<F> up, Vec<F>* slope) {
+    if constexpr (A == kSwigluOai) {
+        constexpr F limit = F(kLimit);
+        const Vec<F> low = vmax<F>(splat<F>(-limit), up), bounded = low > limit ? splat<F>(limit) : low;
+        if (slope) *slope = up > limit || up < -limit ? Vec<F>{} : splat<F>(F(1));
+        return bounded + F(1);
+    } else {
+        if (slope) *slope = splat<F>(F(1));
+        return up;
+    }
+}
+
 // Calls body<A>() for the activation; gate and non-gate forms of a function share an instance.
-#define SLM_ACTIVATION(A, ...)                  \
-    switch (A) {                                \
-        case kSwiglu:                           \
-            __VA_ARGS__(Constant<kSwiglu>{});   \
-            break;                              \
-        case kRelu2:                            \
-            __VA_ARGS__(Constant<kRelu2>{});    \
-            break;                              \
-        case kGeglu:                            \
-        case kGelu:                             \
-            __VA_ARGS__(Constant<kGelu>{});     \
-            break;                              \
-        default:                                \
-            __VA_ARGS__(Constant<kGeluTanh>{}); \
+#define SLM_ACTIVATION(A, ...)                   \
+    switch (A) {                                 \
+        case kSwiglu:                            \
+            __VA_ARGS__(Constant<kSwiglu>{});    \
+            break;                               \
+        case kSwigluOai:                         \
+            __VA_ARGS__(Constant<kSwigluOai>{}); \
+            break;                               \
+        case kRelu2:                             \
+            __VA_ARGS__(Constant<kRelu2>{});     \
+            break;                               \
+        case kGeglu:                             \
+        case kGelu:                              \
+            __VA_ARGS__(Constant<kGelu>{});      \
+            break;                               \
+        default:                                 \
+            __VA_ARGS__(Constant<kGeluTanh>{});  \
     }
 
 template <int A>

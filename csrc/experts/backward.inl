@@ -107,8 +107,10 @@ struct Backward : Panels<F, E, P> {
                         const Vec<F> wd = d * weight;
                         d_gate[u] = wd * slope;
                         if (up) {
-                            const Vec<F> other = load_lanes<F>(h + at + up_row * size, n);
-                            d_up[u] = wd * a;
+                            Vec<F> up_slope;
+                            const Vec<F> other =
+                                lift<F, A>(load_lanes<F>(h + at + up_row * size, n), &up_slope);
+                            d_up[u] = wd * a * up_slope;
                             d_gate[u] *= other;
                             a *= other;
                             if (keep) P::store(kept + to_keep + up_row * padded, d_up[u]);

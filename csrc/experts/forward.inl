@@ -96,7 +96,7 @@ struct Forward : Panels<F, E, P> {
                     const auto unit = [=](int64_t u) {
                         const F* gate = from + (i + u) * step * across + lane;
                         const Vec<F> y = bend<F, A>(loadu<F>(gate), nullptr);
-                        return up ? y * loadu<F>(gate + up * across) : y;
+                        return up ? y * lift<F, A>(loadu<F>(gate + up * across), nullptr) : y;
                     };
                     if constexpr (Pair == 1)
                         storeu<F>(to + i * across + lane, unit(0));

@@ -299,7 +299,7 @@ SLM_DEVICE void finish_up(const Product& p, const RowTile& tile, int above, int 
         }
         bend_all(x, p.activation);
 #pragma unroll
-        for (int i = 0; gated && i < 8; ++i) x[i] *= y[i];
+        for (int i = 0; gated && i < 8; ++i) x[i] *= lift(y[i], p.activation);
         store_eight(static_cast<E*>(p.a) + row * p.n + unit, narrow<E>(x));
     }
 }

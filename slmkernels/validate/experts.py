@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.experts.function import LAYOUTS, expert_mlp, segment_mlp
-from ..ops.experts.reference import ACTIVATIONS, GATED
+from ..ops.experts.reference import ACTIVATIONS, GATED, LIMIT
 from .draws import Draws
 from .rule import Results, Tensors
 from .subject import Options, Subject
@@ -42,6 +42,7 @@ def make(
 
     `lengths`: of segments, the call is then one of `segment_mlp`. `absent`: the part of the indices that is
     outside. `transposed`: the matrices are views of [E, d, 2n] and [E, n, d]. `gates`: factor of w_gate_up.
+    Biases of a clamped activation put units within its limits or far past them: at a limit the slope jumps.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -55,6 +56,8 @@ def make(
     tensors["w_down"] = n**-0.5 * normal(E, d, n)
     if biases:
         tensors |= {"b_gate_up": normal(E, H), "b_down": normal(E, d)}
+        if activation == "swigluoai":
+            tensors["b_gate_up"] += 2 * LIMIT * torch.randint(-1, 2, (E, H), generator=generator)
     tensors["dy"] = normal(T, d)
     if transposed:
         tensors |= {name: tensors[name].mT.contiguous().mT for name in ("w_gate_up", "w_down")}

@@ -248,6 +248,7 @@ def expert_mlp(
         w_down: `[E, d, n]` like x, any strides.
         b_gate_up, b_down: biases `[E, 2n]` (or `[E, n]`) and `[E, d]` like x.
         activation: "swiglu", "geglu", "geglu_tanh": silu(gate) up, gelu(gate) up, with the tanh form of gelu;
+            "swigluoai": GPT-OSS's, gate sigmoid(1.702 gate) (up + 1), of gates up to 7 and ups from -7 to 7;
             "relu2", "gelu", "gelu_tanh": without a gate, relu(h)^2 and gelu(h).
         layout: "concatenated", n rows of gates and then n of ups, or "interleaved", in turn.
         backend: None (best that supports the call), "native", "triton" or "reference".

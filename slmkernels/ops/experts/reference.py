@@ -3,7 +3,8 @@
 Every kernel is checked against this file. Letters: T tokens, E experts, k experts of a token, d channels,
 n hidden channels.
 Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch: load-balance loss), Zoph et
-al. 2022 (ST-MoE: z-loss), DeepSeek-V3 2024 section 2.1.2 (sigmoid scores, selection bias, groups).
+al. 2022 (ST-MoE: z-loss), DeepSeek-V3 2024 section 2.1.2 (sigmoid scores, selection bias, groups), OpenAI
+2025 (gpt-oss: swigluoai).
 """
 
 from functools import partial
@@ -15,9 +16,12 @@ from torch import Tensor
 SCORES = ("softmax", "sigmoid", "softmax_after_topk")
 EPS = 1e-20  # beside the sum of sigmoid scores, as in DeepSeek-V3
 
+ALPHA, LIMIT = 1.702, 7.0  # of "swigluoai"
+
 # Of a pre-activation h, or of its gate and its up half.
 gelu_tanh = partial(F.gelu, approximate="tanh")
 GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh}
+GATED["swigluoai"] = lambda gate: gate * torch.sigmoid(ALPHA * gate)
 PLAIN = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 ACTIVATIONS = (*GATED, *PLAIN)  # operators know an activation by its number here
 
@@ -78,6 +82,9 @@ def activate(h: Tensor, activation: str, interleaved: bool) -> Tensor:
     if activation in PLAIN:
         return PLAIN[activation](h)
     gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
+    if activation == "swigluoai":  # as clamped by torch.clamp, but the gradient of NaN is not 0
+        gate = gate.masked_fill(gate > LIMIT, LIMIT)
+        up = up.masked_fill(up > LIMIT, LIMIT).masked_fill(up < -LIMIT, -LIMIT) + 1
     return GATED[activation](gate) * up
 
 

@@ -26,6 +26,7 @@ from .triton_forward import (
     columns_of_h,
     gate_and_up,
     gather,
+    lift,
     rows_times,
     store_columns,
     tile_rows,
@@ -41,7 +42,7 @@ def dh_kernel(
 ):  # fmt: skip
     """dh and weights a of one tile of rows, BLOCK_N of its n columns; parts [blocks, slots] of dweights.
     What is None is not wanted."""
-    GATED: tl.constexpr = ACTIVATION < 3
+    GATED: tl.constexpr = ACTIVATION < 4
     H: tl.constexpr = 2 * N if GATED else N
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -60,7 +61,8 @@ def dh_kernel(
     if GATED:
         gate, up = gate_and_up(h_tile, INTERLEAVED, BLOCK_M, BLOCK_N)
         gated, slope = activate(gate.to(tl.float32), ACTIVATION)
-        value, slope = gated * up, slope * up
+        factor, up_slope = lift(up.to(tl.float32), ACTIVATION)
+        value, slope, gated = gated * factor, slope * factor, gated * up_slope
     else:
         value, slope = activate(h_tile.to(tl.float32), ACTIVATION)
     if weights is not None:

@@ -203,15 +203,29 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == 0:  # silu
         s = tl.sigmoid(x)
         value, slope = x * s, s * (1 + x * (1 - s))
-    elif ACTIVATION == 3:  # relu^2
+    elif ACTIVATION == 3:  # GPT-OSS's silu, of at most 7
+        x, past = tl.where(x > 7.0, 7.0, x), x > 7.0
+        s = tl.sigmoid(1.702 * x)
+        value, slope = x * s, tl.where(past, 0.0, s * (1 + 1.702 * x * (1 - s)))
+    elif ACTIVATION == 4:  # relu^2
         r = tl.where(x < 0, 0.0, x)
         value, slope = r * r, 2 * r
-    elif ACTIVATION == 1 or ACTIVATION == 4:  # gelu
+    elif ACTIVATION == 1 or ACTIVATION == 5:  # gelu
         s = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         value, slope = x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:  # its tanh form: (1 + tanh u) / 2 = sigmoid(2 u)
         s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
         value, slope = x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    return value, slope
+
+
+@triton.jit
+def lift(up, ACTIVATION: tl.constexpr):
+    """What the curve of a gate is multiplied by, and its slope: up itself, but of GPT-OSS's SwiGLU."""
+    value, slope = up, 1.0
+    if ACTIVATION == 3:
+        value = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1
+        slope = tl.where(tl.abs(up) > 7.0, 0.0, 1.0)
     return value, slope
 
 
@@ -225,7 +239,7 @@ def up_kernel(
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """a of one tile of rows, BLOCK_N of its n columns, and h unless that is None."""
-    GATED: tl.constexpr = ACTIVATION < 3
+    GATED: tl.constexpr = ACTIVATION < 4
     H: tl.constexpr = 2 * N if GATED else N
     BLOCK_H: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -245,7 +259,8 @@ def up_kernel(
     if GATED:
         gate, up = gate_and_up(acc, INTERLEAVED, BLOCK_M, BLOCK_N)
         value, _ = activate(gate, ACTIVATION)
-        value *= up
+        factor, _ = lift(up, ACTIVATION)
+        value *= factor
     else:
         value, _ = activate(acc, ACTIVATION)
     store_columns(a, row * N, inside, column, value, N, BLOCK_N)

@@ -1,0 +1,1 @@
+"""The operations under the names and in the conventions of other libraries; import the module you need."""

@@ -97,6 +97,9 @@ def check_new(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tens
 
 def append(cache: Tensor, x: Tensor, rows: list[int] | None, lengths: list[int]) -> None:
     """Write x `[B, n, H, D]` into rows of the cache `[Bc, S, H, D]`, behind the first `lengths` tokens."""
+    if rows is None and len(set(lengths)) == 1:  # a slice, which does not wait for a GPU
+        cache[:, lengths[0] : lengths[0] + x.shape[1]] = x
+        return
     row = torch.tensor(range(len(lengths)) if rows is None else rows, device=cache.device)
     first = torch.tensor(lengths, device=cache.device)
     cache[row[:, None], first[:, None] + torch.arange(x.shape[1], device=cache.device)] = x

@@ -50,7 +50,7 @@ def prose(page: Path) -> str:
 
 
 def each(pages):
-    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
 
 def prose(page: Path) -> str:
     """A page without its blocks and inline code."""
-    return re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
+    return re.sub(r"`[^`]*`", "", BLOCK.sub("", page.read_text()))
 
 
 def each(pages):

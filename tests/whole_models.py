@@ -13,7 +13,7 @@ VOCABULARY = 61
 
 
 class Whole(nn.Module):
-    """A language model as the tests call it: tokens `[B, T]` -> logits `[B, T, V]`, the loss of training []."""
+    """A language model as the tests call it: tokens `[B, T]` -> logits `[B, T, V]`, the training loss []."""
 
     def __init__(self, model: SmallLM):
         super().__init__()
@@ -65,7 +65,7 @@ def same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
-    """Equal but for the rounding of float32 in another order: `tolerance` of each tensor's largest element."""
+    """Equal but for the rounding of float32 in another order: `tolerance` of a tensor's largest element."""
     assert ours.keys() == expected.keys()
     for name, x in expected.items():
         atol = tolerance * x.abs().max().item()

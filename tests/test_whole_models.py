@@ -117,7 +117,7 @@ def test_exported_program_runs_at_other_lengths(name):
 
 @pytest.mark.slow
 def test_generated_code_equals_eager():
-    """Inductor, minutes of a C++ compiler; its fast sibling is `test_compiled_equals_eager_at_every_length`."""
+    """Inductor: minutes of a C++ compiler. Its fast sibling: `test_compiled_equals_eager_at_every_length`."""
     model, tokens = MODELS["gated_delta"](), tokens_of(2, 40)
     logits, loss = torch.compile(model, fullgraph=True)(tokens)
     expected, expected_loss = model(tokens)

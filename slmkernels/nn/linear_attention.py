@@ -169,9 +169,7 @@ class LinearAttention(nn.Module):
         if self.parts.gate == "sigmoid":
             self.gate_down = nn.Linear(dim, low_rank, bias=False, **kind)
             self.gate_up = nn.Linear(low_rank, H * V, **kind)
-        if self.parts.decay == "fixed":
-            self.register_buffer("log_gamma", torch.empty(H, **kind), persistent=False)
-        elif self.parts.decay in ("softplus", "softplus_low_rank"):
+        if self.parts.decay in ("softplus", "softplus_low_rank"):
             self.A_log = nn.Parameter(torch.empty(H, **kind))
             self.dt_bias = nn.Parameter(torch.empty(H if decay else H * K, **kind))
         self.norm = nn.Identity() if norm is None else norm(V, **kind)
@@ -190,18 +188,19 @@ class LinearAttention(nn.Module):
                 module.reset_parameters()
         if self.parts.conv:
             nn.init.uniform_(self.conv, -(self.conv_size**-0.5), self.conv_size**-0.5)
-        if self.parts.decay == "fixed":
-            H = self.num_heads
-            exponents = torch.linspace(
-                5, min(4 + H, 12), H, dtype=torch.float64, device=self.log_gamma.device
-            )
-            self.log_gamma.copy_(torch.log1p(-(2**-exponents)))
-        elif self.parts.decay in ("softplus", "softplus_low_rank"):
+        if self.parts.decay in ("softplus", "softplus_low_rank"):
             A = 16 * (1 - torch.rand_like(self.A_log, dtype=torch.float32))  # (0, 16]
             self.A_log.copy_(A.log())
             share = torch.rand_like(self.dt_bias, dtype=torch.float32)
             dt = torch.exp(math.log(0.001) + share * math.log(0.1 / 0.001))
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    @property
+    def log_gamma(self) -> Tensor:
+        """Retention's log gates `[H]`, in float32 at least. No buffer: `to_empty` would leave one unset."""
+        weight, H = self.project.weight, self.num_heads
+        exponents = torch.linspace(5, min(4 + H, 12), H, dtype=torch.float64, device=weight.device)
+        return torch.log1p(-(2**-exponents)).to(torch.promote_types(weight.dtype, torch.float32))
 
     def new_cache(
         self,

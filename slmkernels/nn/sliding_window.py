@@ -129,6 +129,11 @@ class SlidingWindowAttention(AttentionHeads):
         if self.ring is not None:
             hint = f"{self.ring}, this module's window"
             expect(cache.window == self.ring, "cache.window", cache.window, hint)
+        elif torch.compiler.is_compiling():  # the length is not there to look at, but when the graph runs
+            room = (cache.position[:1, :1] + T <= cache.window).all()
+            torch._assert_async(
+                room, f"cache of {cache.window} tokens is full: full attention forgets nothing"
+            )
         elif cache.length + T > cache.window:
             raise ValueError(
                 f"cache holds {cache.length} of {cache.window} tokens and cannot take {T} more: full "

@@ -117,6 +117,7 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def decoder(name: str, implementation: str = "eager") -> torch.nn.Module:
     """A causal language model on transformers' own path."""
     options = {"attn_implementation": implementation}
+    torch.manual_seed(0)  # for the first values of biases and norms
     if name in WITH_EXPERTS:
         options["experts_implementation"] = "eager"
     return randomised(transformers.AutoModelForCausalLM.from_config(config(name), **options))

@@ -6,9 +6,9 @@
         model.generate(...)  # or train
     print(report)
 
-or for good: `register()`, then `attn_implementation="slmkernels"` and `experts_implementation="slmkernels"` as
-for any other, and `patch_gated_delta_rule()`. What cannot be served raises `slmkernels.Unsupported` with the
-reason.
+or for good: `register()`, then `attn_implementation="slmkernels"` and `experts_implementation="slmkernels"`
+as for any other, and `patch_gated_delta_rule()`. What cannot be served raises `slmkernels.Unsupported` with
+the reason. Attention needs transformers 5.6; experts and delta rules 5.16.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def _use_attention(model: PreTrainedModel, report: Report) -> None:
 
 
 def _use_experts(model: PreTrainedModel, report: Report) -> None:
-    parts = [part for part in model.modules() if hasattr(part, "_is_expert_parallel")]
+    parts = [part for part in model.modules() if experts.has_experts(part)]
     if not parts:
         return
     try:

@@ -101,8 +101,8 @@ def attention(
     if mask is not None and not hasattr(mask, "band"):
         what = f"{mask.dtype}{list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise Unsupported(
-            f"attention: attention_mask is a mask of the caller's own ({what}); `[B, S]` of padding, or none, "
-            f"is supported: use {masks.EAGER}"
+            f"attention: attention_mask is a mask of the caller's own ({what}); `[B, S]` of padding, or "
+            f"none, is supported: use {masks.EAGER}"
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     left, right = _band(module, mask, sliding_window, is_causal)

@@ -19,37 +19,35 @@ def _grid() -> tuple[Tensor, Tensor]:
     return gate.flatten(), up.flatten()
 
 
+def has_experts(module: torch.nn.Module) -> bool:
+    """Is it an expert module of transformers' ExpertsInterface?"""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
 def recognise(module: torch.nn.Module) -> tuple[str, bool]:
     """The activation of an expert module, by what it computes, and whether gates and ups stand in turn.
 
     Raises:
         Unsupported: it computes something that `expert_mlp` does not.
     """
-    if not module.has_gate:
-        found = module.act_fn(_PROBE)
-        for name in reference.PLAIN:
-            if _equal(reference.activate(_PROBE, name, False), found):
-                return name, False
-        raise Unsupported(_unknown(module, reference.PLAIN))
-    gate, up = _grid()
-    interleaved = not module.is_concatenated
-    h = torch.stack((gate, up), 1).flatten() if interleaved else torch.cat((gate, up))  # [2n]
-    found = module._apply_gate(h[None])[0]
-    for name in reference.GATED:
-        if _equal(reference.activate(h[None], name, interleaved)[0], found):
-            return name, interleaved
-    raise Unsupported(_unknown(module, reference.GATED))
+    if module.has_gate:
+        gate, up = _grid()
+        h, act, names = torch.cat((gate, up))[None], module._apply_gate, reference.GATED  # [1, 2n]
+    else:
+        h, act, names = _PROBE[None], module.act_fn, reference.PLAIN
+    found = act(h)
+    for name in names:
+        for interleaved in (False, True):
+            if _equal(reference.activate(h, name, interleaved), found):
+                return name, interleaved
+    raise Unsupported(
+        f"experts: the activation of {type(module).__name__} is none of {', '.join(names)}: use "
+        'experts_implementation="eager" or "grouped_mm"'
+    )
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-6, atol=1e-6)
-
-
-def _unknown(module, names) -> str:
-    return (
-        f"experts: the activation of {type(module).__name__} is none of {', '.join(names)}: use "
-        'experts_implementation="eager" or "grouped_mm"'
-    )
 
 
 @torch.compiler.assume_constant_result

@@ -1,10 +1,10 @@
 """What a transformers mask hides, as a window and as sequences packed side by side; nothing of size T S.
 
-transformers describes a mask by a function of positions, and padding and documents by tensors beside it. `mask`
-reads both and returns what `attention` needs, an int32 tensor `[1, 1, 2, M]`: the offsets of M - 1 packed
-sequences in the flattened queries (row 0) and keys (row 1). M = 0: all rows are whole. M = 1: so they are, and
-the keys end at the number in row 1, up to which a static cache has been filled. It has four dimensions since
-transformers passes on as it is what has four. The window stands in its attribute `band`.
+transformers describes a mask by a function of positions, and padding and documents by tensors beside it.
+`mask` reads both and returns what `attention` needs, an int32 tensor `[1, 1, 2, M]`: the offsets of M - 1
+packed sequences in the flattened queries (row 0) and keys (row 1). M = 0: all rows are whole. M = 1: so they
+are, and the keys end at the number in row 1, up to which a static cache has been filled. It has four
+dimensions since transformers passes on as it is what has four. The window stands in its attribute `band`.
 """
 
 from typing import NamedTuple

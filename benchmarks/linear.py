@@ -18,7 +18,19 @@ from slmkernels import linear_attention, linear_attention_step
 from slmkernels.ops.linear import reference
 
 from . import linear_peers as peers
-from .cases import DECODE_BARS, DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, Scaling, chosen_backend, for_gpu
+from .cases import (
+    DECODE_BARS,
+    DTYPES,
+    OURS,
+    Bar,
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    Scaling,
+    chosen_backend,
+    for_gpu,
+)
 
 ALL_ROWS = 4096  # up to this length every row is checked
 CHECKED_ROWS = 1024  # of the last tokens, where checking every row would cost too much

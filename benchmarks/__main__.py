@@ -44,15 +44,16 @@ def _parser() -> argparse.ArgumentParser:
         "--all",
         action="store_true",
         help="the scoreboard: the cases (of all operations, if none is named), models, scaling, threads and "
-        f"host overhead within about {scoreboard.MINUTES + scoreboard.THREAD_MINUTES + 2:.0f} minutes, written as "
-        "report.md, results.json and figures to --out or benchmarks/results/<machine kind>/",
+        f"host overhead in about {scoreboard.MINUTES + scoreboard.THREAD_MINUTES + 2:.0f} minutes, written "
+        "as report.md, results.json and figures to --out or benchmarks/results/<machine kind>/",
     )
     add(
         "--compare",
         type=Path,
         nargs=2,
         metavar=("OLD", "NEW"),
-        help="name what became slower or faster between two runs' JSON, beyond noise; exit status 1 if slower",
+        help="name what became slower or faster from one run's JSON to another's, beyond noise; exit status "
+        "1 if anything became slower",
     )
     add("--load", type=Path, metavar="FILE", help="show the results of an earlier --json instead of running")
     return parser

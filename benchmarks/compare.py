@@ -7,8 +7,8 @@ rates allow. Between machines that differ a change of the ratio counts only wher
 a peer may have changed too.
 
 Noise: of the change (new over old) an interval by the bootstrap, of the medians and of the minima. A case
-changed where both lie beyond `LEAST` on the same side: samples of one process do not show how much one process
-differs from the next. Source: Efron 1979, percentile intervals.
+changed where both lie beyond `LEAST` on the same side: samples of one process do not show how much one
+process differs from the next. Source: Efron 1979, percentile intervals.
 """
 
 import json
@@ -62,7 +62,8 @@ class Change:
         times = " -> ".join(f"{seconds * 1e3:.3g}" for seconds in self.ours)
         return (
             f"{self.case}: {middle:.2f} x the time {self.against} "
-            f"({COVERAGE:.0%} interval {low:.2f} to {high:.2f}, by minima {self.minima[1]:.2f}); ours {times} ms"
+            f"({COVERAGE:.0%} interval {low:.2f} to {high:.2f}, by minima {self.minima[1]:.2f}); "
+            f"ours {times} ms"
         )
 
 
@@ -92,7 +93,7 @@ def cases(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every result by name, those with another number of threads too."""
     found = {result["case"]: result for result in run["results"]}
     for part in run.get("threads", ()):
-        where = f" ({part['threads']} threads)"
+        where = f" (threads: {part['threads']})"
         found |= {result["case"] + where: result for result in part["results"]}
     return found
 
@@ -211,9 +212,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], console: Console) -> int:
             say(f"\n{title}:")
         for line in lines:
             say(f"  {line}")
-    say(
-        f"\n{len(shared)} cases: {len(worse)} regressions, {len(better)} improvements, {same} the same within noise"
-    )
+    counts = f"{len(worse)} regressions, {len(better)} improvements, {same} the same within noise"
+    say(f"\n{len(shared)} cases: {counts}")
     return len(worse)
 
 

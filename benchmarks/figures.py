@@ -83,8 +83,8 @@ def curves(run: dict[str, Any], axis: str) -> dict[str, list[Result]]:
     """The results along an axis, by curve: operation, what is fixed, mode."""
     found = {}
     for result in run["results"]:
-        scaling = result.get("scaling")
-        if scaling and scaling["axis"] == axis:
+        scaling, ran = result.get("scaling"), any(c["status"] == "ok" for c in result["candidates"])
+        if ran and scaling and scaling["axis"] == axis:
             mode = result["case"].split("/")[-2].replace("_", " + ")
             name = f"{result['operation']}, {scaling['curve']}, {mode}"
             found.setdefault(name, []).append(result)

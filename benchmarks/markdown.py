@@ -15,12 +15,13 @@ MODEL_COLUMNS = (
     "", "median ms", "tokens/s", "ms a token", "x ours", "by minima", "memory MiB", "max error", "allowed",
 )  # fmt: skip
 HOW_TO_READ = f"""\
-All candidates of a case take turns in one process. *x ours*: how many times as long the peer takes, by the ratio of
-medians and of minima; above 1, {OURS} is faster. *of matmul*, *of copy*: useful FLOP/s and bytes/s over the rate of
-torch's matmul in that dtype and of a large copy, both measured in this run. *memory*: peak beyond inputs and results;
-*kept*: what autograd keeps for the backward, parameters aside. *max error*: against float64; *allowed*: twice that of
-plain PyTorch in the same dtype, and two roundings. What fails its check is WRONG and has no ratio. A *yardstick* computes
-another function, and is timed for the cost alone. Times of a shared machine mean little: quote ratios.
+All candidates of a case take turns in one process. *x ours*: how many times as long the peer takes, by the
+ratio of medians and of minima; above 1, {OURS} is faster. *of matmul*, *of copy*: useful FLOP/s and bytes/s
+over the rate of torch's matmul in that dtype and of a large copy, both measured in this run. *memory*: peak
+beyond inputs and results; *kept*: what autograd keeps for the backward, parameters aside. *max error*: from
+float64; *allowed*: twice that of plain PyTorch in the same dtype, and two roundings. What fails its check is
+WRONG and has no ratio. A *yardstick* computes another function, and is timed for the cost alone. Times of a
+shared machine mean little: quote ratios.
 """
 
 

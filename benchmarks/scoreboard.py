@@ -1,8 +1,8 @@
 """`python -m benchmarks --all`: every case, threads and host overhead in one run, and the report of it.
 
-The run has a time limit. Each case gets a share of what is left, so that samples become fewer rather than cases;
-a peer whose call takes longer than `PATIENCE` has one sample and no memory measured, and who must be compiled
-is left out once the run is behind. Whole models come first, for they matter most.
+A run that is not quick has a time limit. Each case gets a share of what is left, so that samples become fewer rather than
+cases; a peer whose call takes longer than `PATIENCE` has one sample and no memory measured, and who must be
+compiled is left out once the run is behind. Whole models come first, for they matter most.
 """
 
 import importlib
@@ -22,7 +22,6 @@ MINUTES, THREAD_MINUTES = 19.0, 2.0  # of the cases, and of those with other num
 ROUNDS = 11  # samples of a candidate, at most
 PATIENCE = 1.0  # seconds
 LAG = 0.05  # of the time: a run that is so far behind is late
-QUICK_MINUTES = 1.5
 SHARE = 0.5  # of a case's time, for its samples; the rest goes into checks, warm-up and memory
 # Measured with other numbers of threads too.
 THREAD_CASES = tuple(
@@ -138,8 +137,8 @@ def run_all(
 ) -> dict[str, Any]:
     """Measure everything and write results.json, report.md and the figures into `out` -> the run.
 
-    Args: as of `measure`; `rounds` None: as many as there is time for; overhead: of the host, too; quick: in
-        a minute or two.
+    Args: as of `measure`; `rounds` None: as many as there is time for; overhead: of the host, too; quick: with
+        two, without compilers and without a time limit.
     """
     rounds = rounds or (2 if quick else ROUNDS)
     threads, environment = torch.get_num_threads(), machine.environment(device)
@@ -159,7 +158,7 @@ def run_all(
         return part
 
     options = {"rounds": rounds, "with_memory": with_memory, "compilers": not quick}
-    pace = Pace(QUICK_MINUTES if quick else MINUTES, len(cases))
+    pace = None if quick else Pace(MINUTES, len(cases))
     found = measure({n: cases[n] for n in first}, small, device, console, keep, **options, pace=pace)
     found.sort(key=lambda result: order.index(result.case.name))
     chosen = {name: cases[name] for name in THREAD_CASES if name in cases}
@@ -170,7 +169,7 @@ def run_all(
             for n in numbers:
                 console.print(f"With {n} of {threads} threads:", style="bold", highlight=False)
                 torch.set_num_threads(n)
-                pace = Pace((QUICK_MINUTES if quick else THREAD_MINUTES) / len(numbers), len(chosen))
+                pace = None if quick else Pace(THREAD_MINUTES / len(numbers), len(chosen))
                 keeper = lambda results, n=n: keep_threads(n, results)  # noqa: E731
                 measure(chosen, None, device, console, keeper, **options, pace=pace)
         finally:

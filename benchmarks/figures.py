@@ -5,10 +5,10 @@ of Okabe and Ito's palette, which colour-blind readers tell apart, and markers d
 text in the SVG files, which keeps them small.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -49,12 +49,23 @@ HEADLINES = {
     "end_to_end/olmoe/generation/fp32": "OLMoE, small, generation",
 }
 MOST_UNNAMED = 12  # cases of an overview where the run holds no headline
+HEADING = 1.2  # height of a group's title, in bars
 # axis -> what its figure shows
 AXES = {
     "T": ("tokens", "us a token"),
     "W": ("keys in the window", "ms"),
     "E": ("experts", "ms"),
 }
+
+
+class Threads(NamedTuple):
+    """A candidate of a case: how many times as fast it is as with one thread."""
+
+    case: str
+    name: str
+    threads: int
+    times: float
+    seconds: float  # median
 
 
 def write(run: dict[str, Any], folder: Path) -> list[str]:
@@ -99,7 +110,8 @@ def _figures(run: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         if any(peer["speedup"] for result in results for peer in result["candidates"]):
             yield slug(operation).replace("-", "_"), _one_operation(run, operation, results)
     for axis in AXES:
-        if parts := curves(run, axis):
+        parts = {name: part for name, part in curves(run, axis).items() if name.endswith("backward")}
+        if parts:
             yield f"scaling_{axis}", _scaling(run, axis, parts)
     if bars := thread_speedups(run):
         yield "scaling_threads", _threads(run, bars)
@@ -148,35 +160,56 @@ def _headlines(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def _overview(run: dict[str, Any], groups: dict[str, list[Result]]) -> Figure:
-    rows = sum(len(peers) + 1.2 for peers in groups.values())
-    figure = Figure(figsize=(8, 1.1 + 0.2 * rows), layout="constrained")
-    axes, y, ticks = figure.subplots(), 0.0, {}
+    """Two columns of bars, as even as the groups allow."""
+    heights = {title: len(peers) + HEADING for title, peers in groups.items()}
+    left, total = [], 0.0
+    for title, height in heights.items():
+        if total + height / 2 > sum(heights.values()) / 2 and left:
+            break
+        left.append(title)
+        total += height
+    columns = [part for part in (left, [title for title in groups if title not in left]) if part]
+    tallest = max(sum(heights[title] for title in part) for part in columns)
+    figure = Figure(figsize=(5.6 * len(columns), 1.0 + 0.2 * tallest), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False, sharex=True)[0]
     ratios = [c["speedup"]["medians"] for peers in groups.values() for c in peers]
-    for title, peers in groups.items():
-        axes.text(-0.015, y, title, transform=axes.get_yaxis_transform(), ha="right", va="center",
-                  fontsize=8.5, fontweight="bold")  # fmt: skip
-        for peer in peers:
-            y += 1
-            ratio = peer["speedup"]["medians"]
-            colour = COLOURS[0] if ratio >= 1 else COLOURS[-1]
-            axes.barh(y, ratio - 1, left=1, height=0.74, color=colour)
-            axes.annotate(f"{ratio:.3g}", (max(ratio, 1), y), (3, 0), textcoords="offset points",
-                          va="center", fontsize=8)  # fmt: skip
-            ticks[y] = peer["name"]
-        y += 1.2
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
-    axes.set_ylim(y - 0.6, -0.8)
-    axes.set_xlim(min(0.8, *ratios) * 0.95, max(2, *ratios) * 1.4)
-    _tidy(axes)
-    _ratio_axis(axes)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.axvline(1, color=OUR_COLOUR, linewidth=2.5)
-    axes.text(1, 1.0, f"{OURS} = 1", transform=axes.get_xaxis_transform(), color=OUR_COLOUR, ha="center",
-              va="bottom", fontsize=8.5, fontweight="bold")  # fmt: skip
-    axes.set_xlabel("time of the peer, ours = 1 (ratio of medians, log scale)", fontsize=8.5)
+    for axes, part in zip(panels, columns, strict=True):
+        rows = {title: [(c["name"], c["speedup"]["medians"]) for c in groups[title]] for title in part}
+        _bar_groups(axes, rows, lambda name, ratio: COLOURS[0] if ratio >= 1 else COLOURS[-1], start=1)
+        axes.set_ylim(tallest - HEADING / 2, -0.8)  # bars of one width
+        axes.set_xlim(min(0.8, *ratios) * 0.95, max(2, *ratios) * 1.5)
+        _ratio_axis(axes)
+        axes.axvline(1, color=OUR_COLOUR, linewidth=2.5)
+        axes.text(1, 1.0, f"{OURS} = 1", transform=axes.get_xaxis_transform(), color=OUR_COLOUR, ha="center",
+                  va="bottom", fontsize=8.5, fontweight="bold")  # fmt: skip
+        axes.set_xlabel("time of the peer, ours = 1 (medians, log scale)", fontsize=8.5)
     figure.suptitle(where(run), fontsize=8, color="0.35")
     return figure
+
+
+def _bar_groups(
+    axes: Axes,
+    groups: dict[str, list[tuple[str, float]]],
+    colour: Callable[[str, float], str],
+    start: float,
+) -> None:
+    """Bars with their names and values, below the title of their group; drawn from `start` on."""
+    y, ticks = 0.0, {}
+    for title, bars in groups.items():
+        axes.text(-0.02, y, title, transform=axes.get_yaxis_transform(), ha="right", va="center",
+                  fontsize=8.5, fontweight="bold")  # fmt: skip
+        for name, value in bars:
+            y += 1
+            axes.barh(y, value - start, left=start, height=0.74, color=colour(name, value))
+            axes.annotate(f"{value:.3g}", (max(value, start), y), (3, 0), textcoords="offset points",
+                          va="center", fontsize=8)  # fmt: skip
+            ticks[y] = name
+        y += HEADING
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_ylim(y - HEADING / 2, -0.8)
+    _tidy(axes)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 # ---- one operation -----------------------------------------------------------------------------------------
@@ -230,7 +263,7 @@ def _scaling(run: dict[str, Any], axis: str, parts: dict[str, list[Result]]) -> 
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, (name, results) in zip(panels, parts.items(), strict=False):
         _lines(panel, axis, results)
-        panel.set_title(name.replace("forward + backward", "fwd + bwd"), fontsize=8.5)
+        panel.set_title(name, fontsize=8.5)
         panel.set_xlabel(f"{size} (log scale)", fontsize=8)
         panel.set_ylabel(f"{unit} (median, log scale)", fontsize=8)
     for panel in panels[len(parts) :]:
@@ -262,7 +295,7 @@ def _lines(axes: Axes, axis: str, results: list[Result]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     _tidy(axes)
     axes.legend(fontsize=7.5, frameon=False)
 
@@ -270,43 +303,38 @@ def _lines(axes: Axes, axis: str, results: list[Result]) -> None:
 # ---- threads and the host ----------------------------------------------------------------------------------
 
 
-def thread_speedups(run: dict[str, Any]) -> list[tuple[str, str, int, float]]:
-    """(case, candidate, threads, times as fast as with one), by medians, of what ran with both numbers."""
+def thread_speedups(run: dict[str, Any]) -> list[Threads]:
+    """What ran with one thread and with more, by medians."""
     found, every = [], run["environment"].get("threads")
     parts = {part["threads"]: part["results"] for part in run.get("threads", ())}
     alone = {r["case"]: {c["name"]: c for c in r["candidates"]} for r in parts.pop(1, ())}
-    for threads, results in sorted({every: run["results"], **parts}.items()):
+    for threads, results in sorted({**parts, every: run["results"]}.items()):
         for result in results:
             for c in result["candidates"]:
                 one = alone.get(result["case"], {}).get(c["name"])
                 if one and one["status"] == c["status"] == "ok" and one["median_s"] and c["median_s"]:
-                    found.append((result["case"], c["name"], threads, one["median_s"] / c["median_s"]))
+                    times = one["median_s"] / c["median_s"]
+                    found.append(Threads(result["case"], c["name"], threads, times, c["median_s"]))
     return found
 
 
-def _threads(run: dict[str, Any], bars: list[tuple[str, str, int, float]]) -> Figure:
-    most = max(threads for _, _, threads, _ in bars)
-    rows = [(case, name, ratio) for case, name, threads, ratio in bars if threads == most]
-    names = list(dict.fromkeys(case for case, _, _ in rows))
-    figure = Figure(figsize=(8, 1.2 + 0.19 * (len(rows) + 1.2 * len(names))), layout="constrained")
-    axes, y, ticks = figure.subplots(), 0.0, {}
-    for case in names:
-        axes.text(-0.015, y, HEADLINES.get(case, case), transform=axes.get_yaxis_transform(), ha="right",
-                  va="center", fontsize=8.5, fontweight="bold")  # fmt: skip
-        for _, name, ratio in (row for row in rows if row[0] == case):
-            y += 1
-            axes.barh(y, ratio, height=0.74, color=OUR_COLOUR if is_ours(name) else COLOURS[0])
-            axes.annotate(f"{ratio:.2f}", (ratio, y), (3, 0), textcoords="offset points", va="center",
-                          fontsize=8)  # fmt: skip
-            ticks[y] = name
-        y += 1.2
-    axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.set_ylim(y - 0.6, -0.8)
-    _tidy(axes)
-    axes.grid(visible=False, axis="y")
+def _threads(run: dict[str, Any], found: list[Threads]) -> Figure:
+    """Ours and the fastest peer of each case, with the most threads."""
+    most = max(row.threads for row in found)
+    groups = {}
+    for row in (row for row in found if row.threads == most):
+        groups.setdefault(HEADLINES.get(row.case, row.case), []).append(row)
+    for title, rows in groups.items():
+        ours = [row for row in rows if is_ours(row.name)]
+        peers = sorted((row for row in rows if not is_ours(row.name)), key=lambda row: row.seconds)
+        groups[title] = [(row.name, row.times) for row in ours + peers[:1]]
+    count = sum(len(rows) + HEADING for rows in groups.values())
+    figure = Figure(figsize=(8, 1.0 + 0.2 * count), layout="constrained")
+    axes = figure.subplots()
+    _bar_groups(axes, groups, lambda name, times: OUR_COLOUR if is_ours(name) else COLOURS[0], start=0)
     axes.axvline(most, color="0.4", linestyle=":", linewidth=1)
     axes.set_xlabel(f"times as fast with {most} threads as with 1 (medians; dotted: {most})", fontsize=8.5)
-    figure.suptitle(where(run), fontsize=8, color="0.35")
+    figure.suptitle(f"ours and the fastest peer; {where(run)}", fontsize=8, color="0.35")
     return figure
 
 

@@ -200,7 +200,7 @@ def _threads(run: dict[str, Any], drawn: list[str]) -> list[str]:
     bars = figures.thread_speedups(run)
     if not bars:
         return []
-    rows = [(case, name, str(threads), f"{ratio:.2f}") for case, name, threads, ratio in bars]
+    rows = [(row.case, row.name, str(row.threads), f"{row.times:.2f}") for row in bars]
     head = ("case", "", "threads", "times as fast as with 1 (medians)")
     return ["## Scaling: threads", _figure("scaling_threads", "Threads", drawn), _rows(head, rows)]
 

@@ -1,6 +1,7 @@
 """What a run prints and keeps: a table for each case, and JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ HEADINGS = (
     "memory MiB",
 )
 BAR_HEADINGS = ("against", "must be", "aim", "reached", "verdict")
+SAMPLES = re.compile(r"\[[-+.\de,\s]+\]")  # lists of numbers, which go on one line
 SCHEMA = 2  # of the JSON; raised when a field changes its meaning
 
 
@@ -98,7 +100,8 @@ def status(m: Measurement) -> str:
 def write_json(run: dict[str, Any], path: Path) -> None:
     """Write a run; NaN and infinity become null, which JSON lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(run), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_finite(run), indent=1, allow_nan=False)
+    path.write_text(SAMPLES.sub(lambda numbers: "".join(numbers[0].split()), text) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """`python -m benchmarks --all`: every case, threads and host overhead in one run, and the report of it.
 
-A run that is not quick has a time limit. Each case gets a share of what is left, so that samples become fewer rather than
-cases; a peer whose call takes longer than `PATIENCE` has one sample and no memory measured, and who must be
-compiled is left out once the run is behind. Whole models come first, for they matter most.
+A run that is not quick has a time limit. Each case gets a share of what is left, so that samples become fewer
+rather than cases; a peer whose call takes longer than `PATIENCE` has one sample and no memory measured, and
+who must be compiled is left out once the run is behind. Whole models come first, for they matter most.
 """
 
 import importlib
@@ -137,8 +137,8 @@ def run_all(
 ) -> dict[str, Any]:
     """Measure everything and write results.json, report.md and the figures into `out` -> the run.
 
-    Args: as of `measure`; `rounds` None: as many as there is time for; overhead: of the host, too; quick: with
-        two, without compilers and without a time limit.
+    Args: as of `measure`; `rounds` None: as many as there is time for; overhead: of the host, too; quick:
+        with two, without compilers and without a time limit.
     """
     rounds = rounds or (2 if quick else ROUNDS)
     threads, environment = torch.get_num_threads(), machine.environment(device)

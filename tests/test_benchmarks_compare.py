@@ -78,7 +78,7 @@ def test_an_improvement_is_named_and_is_no_regression():
     assert CASE in part(text, "Improvements")
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_noise_is_not_named(seed):
     regressions, text = compared(run(2 * seed), run(2 * seed + 1))
     assert regressions == 0, text

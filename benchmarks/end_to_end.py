@@ -8,6 +8,7 @@ its input embedding; in float64 transformers still computes some of its parts in
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -198,9 +199,9 @@ def small_lm_case(preset: str, mode: str, small: bool) -> Case:
 
 
 def _replaced(build: Callable[[], nn.Module], inputs: Inputs) -> str:
-    """What `accelerated` says that it replaced, on one line."""
+    """What `accelerated` says that it replaced, in a word or two each."""
     with peers.accelerated(build().to(inputs["tokens"].device)) as report:
-        return " ".join(str(report).split())
+        return ", ".join(re.split("[,:]", what)[0] for what in report.replaced)
 
 
 def style_case(style: str, mode: str, small: bool) -> Case:
@@ -231,18 +232,12 @@ def style_case(style: str, mode: str, small: bool) -> Case:
     )
 
 
-def _has_transformers() -> bool:
-    """With our side of it."""
-    names = ("transformers", "slmkernels.integrations", "slmkernels.integrations.transformers")
-    return all(importlib.util.find_spec(name) for name in names)
-
-
 def cases(small: bool = False) -> Iterator[Case]:
     """Training and generation of every preset and, where it is installed, of transformers' models."""
     found = [
         small_lm_case(preset, mode, small) for mode in (TRAINING, GENERATION) for preset in SMALL_LM_TOKENS
     ]
-    if _has_transformers():
+    if importlib.util.find_spec("transformers"):
         found += [style_case(style, mode, small) for mode in (TRAINING, GENERATION) for style in STYLE_TOKENS]
     for case in found:
         yield case if small else replace(case, bars=BARS.get(case.name, ()))

@@ -30,7 +30,7 @@ from .timing import Sampler, Timer, copies
 
 T = TypeVar("T")
 TIME_LIMIT = 40.0  # seconds of samples a case; a slower case gets fewer rounds
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS = 3
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A run that is not quick has a time limit. Each case gets a share of what is left, so that samples become fewer
 rather than cases; a peer whose call takes longer than `PATIENCE` has one sample and no memory measured, and
-who must be compiled is left out once the run is behind. Whole models come first, for they matter most.
+who must be compiled is left out once the run is behind, then memory. Whole models come first, for they matter
+most.
 """
 
 import importlib
@@ -20,8 +21,9 @@ from .cases import Candidate, Case, Inputs, Run, Unavailable, first_line
 
 MINUTES, THREAD_MINUTES = 19.0, 2.0  # of the cases, and of those with other numbers of threads
 ROUNDS = 11  # samples of a candidate, at most
-PATIENCE = 1.0  # seconds
-LAG = 0.05  # of the time: a run that is so far behind is late
+PATIENCE = 0.7  # seconds
+LAG = 0.04  # of the time: so far behind, compiled peers are left out; twice so far, memory
+MODEL_WEIGHT = 4  # of a whole model, in cases of an operation
 SHARE = 0.5  # of a case's time, for its samples; the rest goes into checks, warm-up and memory
 # Measured with other numbers of threads too.
 THREAD_CASES = tuple(
@@ -30,11 +32,17 @@ THREAD_CASES = tuple(
 END_TO_END = "end_to_end/"
 
 
+def weight(case: Case) -> int:
+    """What a case takes beside others."""
+    return MODEL_WEIGHT if case.name.startswith(END_TO_END) else 1 + sum(c.compiles for c in case.peers)
+
+
 class Pace:
     """What a case may cost, by the time and the cases that are left."""
 
-    def __init__(self, minutes: float, cases: int) -> None:
-        self.start, self.seconds, self.cases, self.done = time.monotonic(), 60 * minutes, cases, 0
+    def __init__(self, minutes: float, weights: dict[str, int]) -> None:
+        self.start, self.seconds = time.monotonic(), 60 * minutes
+        self.weights, self.left = weights, sum(weights.values())
 
     @property
     def spent(self) -> float:
@@ -42,14 +50,17 @@ class Pace:
         return (time.monotonic() - self.start) / self.seconds
 
     @property
-    def late(self) -> bool:
-        """More time is gone than cases are done."""
-        return self.spent > self.done / self.cases + LAG
+    def behind(self) -> float:
+        """By how much of the time."""
+        return self.spent - 1 + self.left / sum(self.weights.values())
 
-    def limit(self) -> float:
-        """Seconds of samples for the next case."""
-        share = (1 - self.spent) * self.seconds / (self.cases - self.done)
-        return max(SHARE * share, 0.0)
+    def limit(self, name: str) -> float:
+        """Seconds of samples for a case that is to run next."""
+        return max(SHARE * (1 - self.spent) * self.seconds * self.weights[name] / self.left, 0.0)
+
+    def done(self, name: str) -> None:
+        """The case has run."""
+        self.left -= self.weights[name]
 
 
 def without_compilers(case: Case, why: str) -> Case:
@@ -92,14 +103,15 @@ def measure(
         rates = {dtype: machine.Rates(machine.matmul_rate(dtype, device), copy) for dtype in dtypes}
     results = []
     for name, case in cases.items():
-        options = {}
+        options, memory_too = {}, with_memory
         if not compilers:
             case = without_compilers(case, "left out of a quick run: it must be compiled")
-        elif pace and pace.late:
+        elif pace and pace.behind > LAG:
             case = without_compilers(case, "left out: the run is behind, and it must be compiled")
         if pace:
             models = name.startswith(END_TO_END)
-            options = {"limit": pace.limit()} | ({} if models else {"patience": PATIENCE})
+            options = {"limit": pace.limit(name)} | ({} if models else {"patience": PATIENCE})
+            memory_too = with_memory and pace.behind < 2 * LAG
         with Console(stderr=True).status(name) as status:
             try:
                 if pace and pace.spent > 1:
@@ -110,14 +122,16 @@ def measure(
                     rates[case.dtype],
                     rounds,
                     small=small and small[name],
-                    with_memory=with_memory,
+                    with_memory=memory_too,
                     progress=lambda text, name=name, status=status: status.update(f"{name}: {text}"),
                     **options,
                 )
             except Exception as error:  # the other cases go on
                 result = runner.nothing_measured(case, rates[case.dtype], error)
+        if with_memory and not memory_too:
+            result.memory_reason = "left out: the run is behind"
         if pace:
-            pace.done += 1
+            pace.done(name)
         results.append(result)
         report.print_result(console, keep(results)["results"][-1])
     return results
@@ -158,18 +172,19 @@ def run_all(
         return part
 
     options = {"rounds": rounds, "with_memory": with_memory, "compilers": not quick}
-    pace = None if quick else Pace(MINUTES, len(cases))
+    pace = None if quick else Pace(MINUTES, {name: weight(case) for name, case in cases.items()})
     found = measure({n: cases[n] for n in first}, small, device, console, keep, **options, pace=pace)
     found.sort(key=lambda result: order.index(result.case.name))
     chosen = {name: cases[name] for name in THREAD_CASES if name in cases}
     numbers = [2**i for i in range(threads.bit_length()) if 2**i < threads] if device.type == "cpu" else []
     if chosen and numbers:
+        weights = {name: weight(case) for name, case in chosen.items()}
         options |= {"with_memory": False, "compilers": False}
         try:
             for n in numbers:
                 console.print(f"With {n} of {threads} threads:", style="bold", highlight=False)
                 torch.set_num_threads(n)
-                pace = None if quick else Pace(THREAD_MINUTES / len(numbers), len(chosen))
+                pace = None if quick else Pace(THREAD_MINUTES / len(numbers), weights)
                 keeper = lambda results, n=n: keep_threads(n, results)  # noqa: E731
                 measure(chosen, None, device, console, keeper, **options, pace=pace)
         finally:

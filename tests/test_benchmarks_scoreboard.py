@@ -1,5 +1,7 @@
 """The scoreboard: one report with every row and figure, within its time, and the names of machines."""
 
+import functools
+import io
 import json
 import re
 import sys
@@ -9,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import figures, machine, machine_kind, markdown, report, runner, scoreboard
 from benchmarks.__main__ import RESULTS, _parser, _scoreboard_folder, main
@@ -234,28 +237,42 @@ def test_a_slow_peer_has_one_sample_and_ours_all():
 
 
 def test_pace_shares_what_is_left(monkeypatch):
-    clock = iter([0.0, 0.0, 30.0, 30.0, 61.0, 61.0])
-    monkeypatch.setattr(scoreboard.time, "monotonic", lambda: next(clock))
-    pace = scoreboard.Pace(1.0, 3)
-    assert pace.limit() == pytest.approx(scoreboard.SHARE * 20)
-    pace.done = 1
-    assert pace.late  # half of the time for a third of the cases
-    assert pace.limit() == pytest.approx(scoreboard.SHARE * 15)
+    now = [0.0]
+    monkeypatch.setattr(scoreboard.time, "monotonic", lambda: now[0])
+    pace = scoreboard.Pace(1.0, {"model": 4, "one": 1, "other": 1})
+    assert pace.limit("one") == pytest.approx(scoreboard.SHARE * 10)
+    assert pace.limit("model") == pytest.approx(scoreboard.SHARE * 40)
+    now[0] = 30.0
+    pace.done("one")
+    assert pace.behind == pytest.approx(1 / 2 - 1 / 6)
+    assert pace.limit("other") == pytest.approx(scoreboard.SHARE * 6)
+    now[0] = 61.0
     assert pace.spent > 1
-    assert pace.limit() == 0.0
+    assert pace.limit("other") == 0.0
+
+
+def test_a_run_that_is_behind_leaves_out_compilers_and_memory(known_rates):
+    case = case_with(Candidate("compiled", lambda inputs: 1 / 0, compiles=True))
+    pace = scoreboard.Pace(1.0, {NAMES[0]: scoreboard.weight(case)})
+    pace.start -= 30
+    found = run_at(pace, case, with_memory=True)
+    assert found.measurements[1].reason == "left out: the run is behind, and it must be compiled"
+    assert found.memory_reason == "left out: the run is behind"
+    assert found.ours.samples
+    assert pace.left == 0
+
+
+def run_at(pace, case, **options):
+    console = Console(file=io.StringIO())
+    keep = functools.partial(report.to_json, ENVIRONMENT)
+    options = {"rounds": 2, "with_memory": False, "pace": pace, **options}
+    return scoreboard.measure({case.name: case}, None, CPU, console, keep, **options)[0]
 
 
 def test_cases_are_not_run_once_the_time_is_up(known_rates):
-    class Quiet:
-        def print(self, *args, **options):
-            pass
-
-    pace = scoreboard.Pace(0.0001, 1)
-    time.sleep(0.01)
-    cases = {NAMES[0]: SMALL[NAMES[0]]}
-    keep = lambda results: report.to_json(ENVIRONMENT, results)  # noqa: E731
-    (found,) = scoreboard.measure(cases, None, CPU, Quiet(), keep, rounds=2, with_memory=False, pace=pace)
-    assert "the time of 0.0001 minutes was up" in found.ours.reason
+    pace = scoreboard.Pace(1.0, {NAMES[0]: 1})
+    pace.start -= 61
+    assert "the time of 1 minutes was up" in run_at(pace, SMALL[NAMES[0]]).ours.reason
 
 
 # ---- names of machines -------------------------------------------------------------------------------------

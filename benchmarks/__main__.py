@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="name what became slower or faster from one run's JSON to another's, beyond noise; exit status "
         "1 if anything became slower",
     )
-    add("--load", type=Path, metavar="FILE", help="show the results of an earlier --json instead of running")
+    add("--load", type=Path, metavar="FILE", help="show an earlier run instead; with --all write its report")
     return parser
 
 
@@ -165,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.load:
         run = json.loads(options.load.read_text())
         report.print_run(console, run)
+        if options.all:
+            scoreboard.write_report(run, options.out or options.load.parent)
     else:
         run = _run(options, cases, console)
     if not options.all:

@@ -10,6 +10,7 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def measure(
     for name, case in cases.items():
         options, memory_too = {}, with_memory
         if not compilers:
-            case = without_compilers(case, "left out of a quick run: it must be compiled")
+            case = without_compilers(case, "left out: it must be compiled")
         elif pace and pace.behind > LAG:
             case = without_compilers(case, "left out: the run is behind, and it must be compiled")
         if pace:
@@ -185,8 +186,7 @@ def run_all(
                 console.print(f"With {n} of {threads} threads:", style="bold", highlight=False)
                 torch.set_num_threads(n)
                 pace = None if quick else Pace(THREAD_MINUTES / len(numbers), weights)
-                keeper = lambda results, n=n: keep_threads(n, results)  # noqa: E731
-                measure(chosen, None, device, console, keeper, **options, pace=pace)
+                measure(chosen, None, device, console, partial(keep_threads, n), **options, pace=pace)
         finally:
             torch.set_num_threads(threads)
     run = keep(found)

@@ -201,7 +201,10 @@ def test_all_quick_writes_one_report(tmp_path, monkeypatch, capsys, known_rates)
     text = (tmp_path / "report.md").read_text()
     assert all(f"**{name}**" in text for name in names)
     assert all((tmp_path / name).exists() for name in re.findall(r"\]\((\w+\.svg)\)", text))
-    assert "left out of a quick run: it must be compiled" in text
+    assert "left out: it must be compiled" in text
+    (tmp_path / "report.md").unlink()
+    assert main(["--all", "--load", str(tmp_path / "results.json")]) == 0
+    assert (tmp_path / "report.md").read_text() == text
     assert main(["--compare", *[str(tmp_path / "results.json")] * 2]) == 0
     assert "0 regressions" in capsys.readouterr().out
 

@@ -3,19 +3,19 @@
 import argparse
 import io
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from . import machine, report, runner
+from . import compare, figures, machine, machine_kind, report, runner, scoreboard
 from .cases import DTYPES, Case, is_ours, registry, select
 
 ROUNDS, QUICK_ROUNDS = 15, 3
 WIDTH = 160  # columns of a report that no terminal shows
 RESULTS = Path(__file__).parent / "results"
+QUICK_RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,39 +40,63 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the results")
     add("--plot", type=Path, metavar="DIR", help="draw a figure for each operation, SVG and PNG")
     add("--out", type=Path, metavar="DIR", help="all of it: results.json, results.txt and the figures")
-    add("--load", type=Path, metavar="FILE", help="show the results of an earlier --json instead of running")
+    add(
+        "--all",
+        action="store_true",
+        help="the scoreboard: the cases (of all operations, if none is named), models, scaling, threads and "
+        f"host overhead in about {scoreboard.MINUTES + scoreboard.THREAD_MINUTES + 2:.0f} minutes, written "
+        "as report.md, results.json and figures to --out or benchmarks/results/<machine kind>/",
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="name what became slower or faster from one run's JSON to another's, beyond noise; exit status "
+        "1 if anything became slower",
+    )
+    add("--load", type=Path, metavar="FILE", help="show an earlier run instead; with --all write its report")
     return parser
 
 
 def _run(options: argparse.Namespace, cases: dict[str, Case], console: Console) -> dict:
     device = torch.device(options.device)
-    small, rounds = registry(small=True), options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    environment, results = machine.environment(device), []
-    run = report.to_json(environment, results)
-    report.print_environment(console, run)
-    with Console(stderr=True).status("measuring torch's matmul rate and the copy bandwidth"):
-        copy, dtypes = machine.copy_bandwidth(device), {case.dtype for case in cases.values()}
-        rates = {dtype: machine.Rates(machine.matmul_rate(dtype, device), copy) for dtype in dtypes}
-    for name, case in cases.items():
-        with Console(stderr=True).status(name) as status:
-            try:
-                result = runner.measure(
-                    case,
-                    device,
-                    rates[case.dtype],
-                    rounds,
-                    small=None if options.quick else small[name],
-                    with_memory=not (options.quick or options.no_memory),
-                    progress=lambda text, name=name, status=status: status.update(f"{name}: {text}"),
-                )
-            except Exception as error:  # the other cases go on
-                result = runner.nothing_measured(case, rates[case.dtype], error)
-        results.append(result)
+    environment = machine.environment(device)
+    report.print_environment(console, report.to_json(environment, []))
+    small = None if options.quick else registry(small=True)
+    with_memory = not (options.quick or options.no_memory)
+    if options.all:
+        run = scoreboard.run_all(
+            cases,
+            small,
+            device,
+            console,
+            _scoreboard_folder(options),
+            rounds=options.rounds,
+            with_memory=with_memory,
+            overhead=not options.cases,
+            quick=options.quick,
+        )
+        report.print_bars(console, run)
+        return run
+
+    def keep(results: list[runner.Result]) -> dict:
         run = report.to_json(environment, results)
-        report.print_result(console, run["results"][-1])
         _write(run, options, pages=False)  # so that a run that is cut short leaves what it measured
+        return run
+
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    run = keep(
+        scoreboard.measure(cases, small, device, console, keep, rounds=rounds, with_memory=with_memory)
+    )
     report.print_bars(console, run)
     return run
+
+
+def _scoreboard_folder(options: argparse.Namespace) -> Path:
+    """Where `--all` writes; a quick run is no result to keep."""
+    kind = machine_kind.kind(torch.device(options.device))
+    return options.out or (QUICK_RESULTS if options.quick else RESULTS) / kind
 
 
 def _write(run: dict, options: argparse.Namespace, pages: bool = True) -> None:
@@ -80,14 +104,14 @@ def _write(run: dict, options: argparse.Namespace, pages: bool = True) -> None:
     if options.json:
         report.write_json(run, options.json)
     if options.plot and pages:
-        report.plot(run, options.plot)
+        figures.write(run, options.plot)
     for folder, part in _folders(run, options):
         report.write_json(part, folder / "results.json")
         if pages:
             page = Console(file=io.StringIO(), width=WIDTH)
             report.print_run(page, part)
             (folder / "results.txt").write_text(page.file.getvalue())
-            report.plot(part, folder)
+            figures.write(part, folder)
 
 
 def _folders(run: dict, options: argparse.Namespace) -> list[tuple[Path, dict]]:
@@ -97,11 +121,19 @@ def _folders(run: dict, options: argparse.Namespace) -> list[tuple[Path, dict]]:
         return [(options.out, run)]
     if options.device == "cpu" or options.json or options.plot or options.quick or options.load:
         return []
-    gpu = re.sub(r"[^a-z0-9]+", "-", run["environment"]["gpu"].lower()).strip("-")
+    gpu = machine_kind.slug(run["environment"]["gpu"])
     parts = {}
     for result in run["results"]:
         parts.setdefault(result["case"].split("/")[0], []).append(result)
     return [(RESULTS / gpu / name, {**run, "results": part}) for name, part in parts.items()]
+
+
+def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser, console: Console) -> int:
+    try:
+        old, new = (compare.load(path) for path in options.compare)
+        return int(compare.compare(old, new, console) > 0)
+    except compare.NotComparable as error:
+        parser.error(str(error))
 
 
 def _failed(result: dict) -> bool:
@@ -115,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if options.compare:
+        return _compare(options, parser, console)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -131,9 +165,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.load:
         run = json.loads(options.load.read_text())
         report.print_run(console, run)
+        if options.all:
+            scoreboard.write_report(run, options.out or options.load.parent)
     else:
         run = _run(options, cases, console)
-    _write(run, options)
+    if not options.all:
+        _write(run, options)
     return int(any(_failed(result) for result in run["results"]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slmkernels import dispatch
 
-OPERATIONS = ("sliding_window", "linear", "causal_conv1d", "hybrid", "experts")
+OPERATIONS = ("sliding_window", "linear", "causal_conv1d", "hybrid", "experts", "end_to_end")
 OURS = "slmkernels"  # the name of our candidate in every case
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,8 +36,16 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
+class Scaling(NamedTuple):
+    """Where a case stands on a curve: how the time grows with one size."""
+
+    curve: str  # what is measured
+    axis: str  # which size: "T" tokens, "W" keys of a window, "E" experts
+    at: int
+
+
 class Bar(NamedTuple):
-    """What ours must reach on a GPU and aims at; more is better.
+    """What ours must reach and aims at, on a GPU in a case for one, on a CPU in the others; more is better.
 
     `against`: a glob of peers, the fastest of which counts (its time over ours), `TERAFLOPS` (useful work) or
     `OF_COPY` (bytes moved once, over what a copy reaches).
@@ -102,7 +110,9 @@ class Case:
     bytes: int  # every input and result moved once
     gpu: bool = False  # too large for a CPU: there it runs only where it is named in full
     graph: bool = False  # a call of microseconds: on a GPU it is timed by replaying a CUDA graph
-    bars: tuple[Bar, ...] = ()  # for a GPU
+    bars: tuple[Bar, ...] = ()
+    tokens: int = 0  # of a model that a call goes through
+    scaling: Scaling | None = None
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -111,11 +121,12 @@ class Case:
 
     def on(self, device: torch.device, chosen: str) -> "Case":
         """The case as a device runs it: on CUDA with a row for each backend of ours that is not the chosen
-        one, so that the report shows which kernel wins; elsewhere without bars."""
+        one, so that the report shows which kernel wins; with the bars that are for the device."""
         if device.type != "cuda":
-            return replace(self, bars=())
+            return replace(self, bars=() if self.gpu else self.bars)
         names = [name for name in dispatch.BACKENDS if name not in (chosen, "reference")]
-        return replace(self, peers=(*(_held_to(name, self.ours) for name in names), *self.peers))
+        rows = (_held_to(name, self.ours) for name in names)
+        return replace(self, peers=(*rows, *self.peers), bars=self.bars if self.gpu else ())
 
 
 def is_ours(name: str) -> bool:

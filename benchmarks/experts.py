@@ -16,7 +16,7 @@ from slmkernels import expert_mlp, route, segment_mlp
 from slmkernels.ops.experts import reference
 
 from . import experts_peers as peers
-from .cases import DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
+from .cases import DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, Scaling, chosen_backend, for_gpu
 
 CASE_DTYPES = ("fp32", "bf16")
 MODES = ("forward", "forward_backward")
@@ -61,6 +61,7 @@ SHAPES = {
     "skewed": Shape(skewed=True),
     "segments": Shape(E=8, k=1, documents=16),
 }
+NUMBERS = (2, 8, 32, 128)  # of experts of 256, forward and backward in fp32: the useful work is the same
 
 
 # For a GPU, in bf16.
@@ -227,11 +228,15 @@ def route_case(label: str, T: int, E: int, k: int, mode: str, dtype: str) -> Cas
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape and then routing, forward and with backward, dtype by dtype; then for a GPU."""
+    """Every shape, more and more experts, routing, forward and with backward; then for a GPU."""
     for label, shape in SHAPES.items():
         for mode in MODES:
             for dtype in CASE_DTYPES:
                 yield expert_case(label, shape.small() if small else shape, mode, dtype)
+    for E in NUMBERS:
+        shape = Shape(n=256, E=E)
+        case = expert_case(f"scaling_E_{E}", shape.small() if small else shape, "forward_backward", "fp32")
+        yield replace(case, scaling=Scaling("T=2048 k=2 n=256", "E", E))
     for label, T in (("route", 2048), ("route_decode", 1)):
         for mode in MODES:
             for dtype in CASE_DTYPES:

@@ -18,7 +18,7 @@ from slmkernels import HybridCache, hybrid_attention, hybrid_attention_step
 from slmkernels.ops.hybrid import reference
 
 from . import hybrid_peers as peers
-from .cases import DECODE_BARS, DTYPES, OURS, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
+from .cases import DECODE_BARS, DTYPES, OURS, Candidate, Case, Inputs, Run, Scaling, chosen_backend, for_gpu
 
 ALL_ROWS = 1024  # up to this length every row is checked
 CHECKED_ROWS = 512  # of the last tokens, where checking every row would cost too much
@@ -91,7 +91,7 @@ SHAPES = {
     "gqa": Shape(H=2),
     "based": Shape(F=153, window=64),  # Taylor features of 16 numbers
 }
-LENGTHS = (4096, 8192, 16384, 32768)  # forward and backward: time and memory are linear
+LENGTHS = (1024, 4096, 8192, 16384, 32768)  # forward and backward: time and memory are linear
 DECODE = {"decode": Shape(T=1), "decode_batch": Shape(B=8, T=1)}
 CASE_DTYPES = ("fp32", "bf16")
 # For a GPU, in bf16.
@@ -244,7 +244,9 @@ def cases(small: bool = False) -> Iterator[Case]:
             yield decode_case(label, shape.small() if small else shape, dtype)
     for T in LENGTHS:
         long = Shape(T=T)
-        yield hybrid_case(f"scaling_{T}", long.small() if small else long, "forward_backward", "fp32", False)
+        shape = long.small() if small else long
+        case = hybrid_case(f"scaling_{T}", shape, "forward_backward", "fp32", False)
+        yield replace(case, scaling=Scaling("W=256", "T", T))
     for label, shape in GPU_SHAPES.items():
         for mode in ("forward", "forward_backward"):
             yield for_gpu(hybrid_case(label, shape.small() if small else shape, mode, "bf16"), (), small)

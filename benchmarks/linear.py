@@ -18,7 +18,19 @@ from slmkernels import linear_attention, linear_attention_step
 from slmkernels.ops.linear import reference
 
 from . import linear_peers as peers
-from .cases import DECODE_BARS, DTYPES, OURS, Bar, Candidate, Case, Inputs, Run, chosen_backend, for_gpu
+from .cases import (
+    DECODE_BARS,
+    DTYPES,
+    OURS,
+    Bar,
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    Scaling,
+    chosen_backend,
+    for_gpu,
+)
 
 ALL_ROWS = 4096  # up to this length every row is checked
 CHECKED_ROWS = 1024  # of the last tokens, where checking every row would cost too much
@@ -84,7 +96,7 @@ SHAPES = {
     "gated_delta_small_model": replace(GATED, B=8, T=512, H=4),
     "kda": Shape("kda", T=2048),
 }
-LENGTHS = (4096, 8192, 16384, 32768, 65536)  # plain and gated delta
+LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536)  # plain and gated delta
 DECODE = {"decode": replace(GATED, T=1)}
 # For a GPU; with the bars of the rows that have some.
 GPU = {"B": 8, "T": 2048, "dtypes": ("bf16",)}
@@ -230,7 +242,8 @@ def cases(small: bool = False) -> Iterator[Case]:
     for label, shape in {"plain": Shape(), "gated_delta": GATED}.items():
         for T in LENGTHS:
             for mode in MODES:
-                yield full(f"scaling_{label}_{T}", replace(shape, T=T), mode, "fp32", False)
+                case = full(f"scaling_{label}_{T}", replace(shape, T=T), mode, "fp32", False)
+                yield replace(case, scaling=Scaling(label.replace("_", " "), "T", T))
     for label, shape in GPU_SHAPES.items():
         for mode in MODES:
             yield for_gpu(full(label, shape, mode, "bf16"), BARS[mode], small)

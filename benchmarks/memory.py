@@ -1,13 +1,15 @@
 """Peak memory of one call beyond its inputs and results, and what autograd keeps for the backward.
 
-The peak: on CUDA the allocator says it. On the CPU a fresh process measures its own high-water mark, so that
+The peak: on CUDA the allocator says it. On the CPU a process of its own measures its high-water mark, so that
 scratch memory counts that was not taken from torch; Linux only.
 """
 
-import argparse
+import atexit
+import functools
 import gc
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cases import Case, Run, Unavailable, registry
+from .cases import Case, Run, Unavailable, first_line, registry
 
 RESET_PEAK = Path("/proc/self/clear_refs")
 # freed blocks go back to the system at once, so that the next peak shows
@@ -30,28 +32,45 @@ def measure(case: Case, names: list[str], device: torch.device, small: bool) -> 
         return _each(case, names, device, _cuda_growth)
     if not RESET_PEAK.exists():
         raise Unavailable("memory needs Linux's /proc")
-    command = [
-        sys.executable,
-        "-m",
-        __spec__.name,
-        case.name,
-        *names,
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
-    command += ["--small"] * small
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **MALLOC},
-        timeout=CHILD_TIMEOUT,
-    )
-    if done.returncode:
-        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Unavailable(f"the measuring process failed: {last_line}")
-    return json.loads(done.stdout.splitlines()[-1])
+    request = {"case": case.name, "names": names, "small": small, "threads": torch.get_num_threads()}
+    try:
+        answer = _meter().ask(request)
+    except OSError as error:  # it ended, for want of memory perhaps: the next case gets another one
+        _meter.cache_clear()
+        raise Unavailable(f"the measuring process failed: {error}") from error
+    if "error" in answer:
+        raise Unavailable(f"the measuring process failed: {answer['error']}")
+    return answer
+
+
+class Meter:
+    """A process that measures one case after the other, as importing torch takes longer than most of them."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", __spec__.name]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **MALLOC},
+        )
+        atexit.register(self.process.kill)
+
+    def ask(self, request: dict) -> dict:
+        """The answer to a request. Raises OSError where there is none, or none in time."""
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], CHILD_TIMEOUT)[0]:
+            self.process.kill()
+            raise OSError(f"no answer in {CHILD_TIMEOUT} s")
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise OSError(f"it ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+
+_meter = functools.cache(Meter)
 
 
 def saved_for_backward(run: Run) -> int:
@@ -112,16 +131,17 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """The measuring process: prints one line of JSON, candidate -> bytes."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("case")
-    parser.add_argument("candidates", nargs="+")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    case = registry(options.small)[options.case]
-    print(json.dumps(_each(case, options.candidates, torch.device("cpu"), _cpu_growth)))
+    """The measuring process: a line of JSON in, a line of JSON out."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
+    for line in sys.stdin:
+        request = json.loads(line)
+        torch.set_num_threads(request["threads"])
+        try:
+            case = registry(request["small"])[request["case"]]
+            answer = _each(case, request["names"], torch.device("cpu"), _cpu_growth)
+        except Exception as error:  # the next case may do
+            answer = {"error": first_line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

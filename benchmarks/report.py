@@ -1,13 +1,10 @@
-"""What a run prints and keeps: a table for each case, JSON, and a figure for each operation."""
+"""What a run prints and keeps: a table for each case, and JSON."""
 
 import json
-from itertools import cycle
+import re
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +25,8 @@ HEADINGS = (
     "memory MiB",
 )
 BAR_HEADINGS = ("against", "must be", "aim", "reached", "verdict")
-SCHEMA = 1  # of the JSON; raised when a field changes its meaning
+SAMPLES = re.compile(r"\[[-+.\de,\s]+\]")  # lists of numbers, which go on one line
+SCHEMA = 2  # of the JSON; raised when a field changes its meaning
 
 
 def to_json(environment: Facts, results: list[Result]) -> dict[str, Any]:
@@ -53,6 +51,8 @@ def _result(result: Result) -> dict[str, Any]:
         "copy_bytes_per_second": result.rates.copy,
         "backend": result.backend,
         "memory_reason": result.memory_reason,
+        "tokens": case.tokens,
+        "scaling": case.scaling and case.scaling._asdict(),
         "candidates": [_candidate(result, m) for m in result.measurements],
         "bars": [_bar(result, bar) for bar in case.bars],
     }
@@ -75,6 +75,7 @@ def _candidate(result: Result, m: Measurement) -> dict[str, Any]:
         "yardstick": m.yardstick or None,
         **times,
         "rounds": len(m.samples),
+        "samples": [float(f"{seconds:.5g}") for seconds in m.samples],
         "timing": m.timing,
         "speedup": speedup and {"medians": speedup[0], "minima": speedup[1]},
         "of_matmul_rate": result.of_matmul_rate(m),
@@ -99,7 +100,8 @@ def status(m: Measurement) -> str:
 def write_json(run: dict[str, Any], path: Path) -> None:
     """Write a run; NaN and infinity become null, which JSON lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(run), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_finite(run), indent=1, allow_nan=False)
+    path.write_text(SAMPLES.sub(lambda numbers: "".join(numbers[0].split()), text) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -195,51 +197,3 @@ def _row(candidate: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 def _shown(value: float | None, form: str, factor: float = 1.0) -> str:
     return "" if value is None else form.format(value * factor)
-
-
-def plot(run: dict[str, Any], folder: Path) -> list[Path]:
-    """A figure for each operation, SVG and PNG: the peers' times over ours, case by case."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for operation in dict.fromkeys(result["operation"] for result in run["results"]):
-        results = [r for r in run["results"] if r["operation"] == operation]
-        figure = Figure(figsize=(9, 1.6 + 0.26 * len(results)), layout="constrained")
-        _draw(figure.subplots(), results)
-        environment = run["environment"]
-        where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
-        figure.suptitle(f"{operation}: {where}, torch {environment['torch']}", fontsize=10)
-        figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-        for suffix in ("svg", "png"):
-            written.append(folder / f"{operation}.{suffix}")
-            figure.savefig(written[-1], dpi=150)
-    return written
-
-
-def _draw(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """A row for each case, a mark for each peer (open: a yardstick); right of 1, ours is faster."""
-    names = {c["name"]: _is_yardstick(c) for r in results for c in r["candidates"] if c["speedup"]}
-    for (name, is_yardstick), marker in zip(names.items(), cycle("osD^vP"), strict=False):
-        points = [
-            (candidate["speedup"]["medians"], row)
-            for row, result in enumerate(results)
-            for candidate in result["candidates"]
-            if candidate["name"] == name and candidate["speedup"]
-        ]
-        style = {"label": f"{name} (yardstick)", "fillstyle": "none"} if is_yardstick else {"label": name}
-        axes.plot(*zip(*points, strict=True), marker, markersize=5, alpha=0.85, **style)
-    axes.axvline(1, color="black", linewidth=1, label=f"{OURS} = 1")
-    axes.set_yticks(range(len(results)), [_row_label(result) for result in results], fontsize=8)
-    axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("time over ours, ratio of medians (log scale; right of 1: ours is faster)", fontsize=8)
-    axes.grid(axis="both", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _row_label(result: dict[str, Any]) -> str:
-    state = result["candidates"][0]["status"]
-    return result["case"] if state == "ok" else f"{result['case']} ({state.upper()})"

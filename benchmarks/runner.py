@@ -1,8 +1,8 @@
 """Runs a case: checks every candidate, then times them in turn, one sample each a round, in one process."""
 
 import fnmatch
+import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from .timing import Sampler, Timer, copies
 
 T = TypeVar("T")
 TIME_LIMIT = 40.0  # seconds of samples a case; a slower case gets fewer rounds
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS = 3
 
 
 @dataclass
@@ -136,6 +136,8 @@ def measure(
     rounds: int,
     small: Case | None = None,
     with_memory: bool = True,
+    limit: float = TIME_LIMIT,
+    patience: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Check and time every candidate of `case`.
@@ -144,10 +146,12 @@ def measure(
         case: what to measure.
         device: where.
         rates: to compare with.
-        rounds: samples of each candidate; fewer (but `FEWEST_ROUNDS`) if they would pass `TIME_LIMIT`.
+        rounds: samples of each candidate; fewer (but `FEWEST_ROUNDS`) if they would pass `limit`.
         small: the same case in its small size, where ours is checked in every row besides. None if `case`
             is that one.
         with_memory: also measure peak memory.
+        limit: seconds of samples.
+        patience: seconds; a peer whose call takes longer has one sample and no memory measured.
         progress: told what happens.
     """
     inputs = case.inputs(device)
@@ -163,12 +167,12 @@ def measure(
             run = _attempt(measurement, lambda c=candidate: c.prepare(inputs))
         if run is not None:
             runs[candidate.name] = run
-    _time(case, device, measurements, runs, inputs, rounds, progress)
+    _time(case, device, measurements, runs, inputs, rounds, limit, patience, progress)
     result = Result(case, backend, rates, measurements)
     if with_memory:
         progress("measuring memory")
         _fill_saved(result, runs)
-        _fill_memory(result, device, is_small=small is None)
+        _fill_memory(result, device, small is None, patience)
     return result
 
 
@@ -184,6 +188,8 @@ def _time(
     runs: dict[str, Run],
     inputs: Inputs,
     rounds: int,
+    limit: float,
+    patience: float,
     progress: Callable[[str], None],
 ) -> None:
     """Round-robin; each round starts with another candidate, so that none always follows the same one."""
@@ -196,28 +202,34 @@ def _time(
         if m.name not in runs:
             continue
         progress(f"warming up {m.name}")
+        if patience < math.inf and not is_ours(m.name) and not candidate.compiles:
+            once = _attempt(m, lambda c=runs[m.name].call: _seconds(c))
+            if once is None or once > patience:
+                m.samples, m.timing = [] if once is None else [once], "clock"
+                continue
 
         def prepared(candidate: Candidate = candidate) -> Sampler:
             others = () if candidate.compiles else further  # it would compile for each
             calls = [runs[candidate.name].call, *(candidate.prepare(x).call for x in others)]
             return timer.sampler(calls, case.graph)
 
-        def first_sample(sampler: Sampler) -> float:
-            started = time.perf_counter()
-            sampler.seconds()
-            return time.perf_counter() - started
-
         sampler = _attempt(m, prepared)
-        taken = sampler and _attempt(m, lambda s=sampler: first_sample(s))
+        taken = sampler and _attempt(m, lambda s=sampler: _seconds(s.seconds))
         if taken is not None:
             samplers[m.name], m.timing = sampler.seconds, sampler.how
             seconds += taken
     measurements = [m for m in measurements if m.name in samplers]
-    rounds = min(rounds, max(FEWEST_ROUNDS, int(TIME_LIMIT / max(seconds, 1e-9))))
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(limit / max(seconds, 1e-9))))
     for r in range(rounds):
         progress(f"round {r + 1} of {rounds}")
         for m in measurements[r % len(measurements) :] + measurements[: r % len(measurements)]:
             m.samples.append(samplers[m.name]())
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
 def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
@@ -228,11 +240,14 @@ def _fill_saved(result: Result, runs: dict[str, Run]) -> None:
             m.saved = _attempt(Measurement(""), lambda m=m: memory.saved_for_backward(runs[m.name]))
 
 
-def _fill_memory(result: Result, device: torch.device, is_small: bool) -> None:
-    names = [m.name for m in result.measurements if m.samples]
+def _fill_memory(result: Result, device: torch.device, is_small: bool, patience: float) -> None:
+    """Of what ran; with little patience, without what would take its time once more."""
+    slow = {c.name for c in result.case.candidates if c.compiles and patience < math.inf}
+    slow |= {m.name for m in result.measurements if m.samples and m.median > patience}
+    names = [m.name for m in result.measurements if m.samples and m.name not in slow - {OURS}]
     try:
         found = memory.measure(result.case, names, device, is_small)
-    except (Unavailable, OSError, subprocess.TimeoutExpired) as error:
+    except (Unavailable, OSError) as error:
         result.memory_reason = str(error)
         return
     except RuntimeError as error:  # out of memory on a GPU, for one

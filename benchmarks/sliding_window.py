@@ -24,6 +24,7 @@ from .cases import (
     Case,
     Inputs,
     Run,
+    Scaling,
     chosen_backend,
     for_gpu,
 )
@@ -81,6 +82,9 @@ SHAPES = {
     "bidirectional": Shape(window=(128, 128), causal=False),
 }
 DECODE = {"decode": Shape(T=1, window=1024)}
+# The standard shape, forward and backward in fp32, at other sizes: time and memory are linear in both.
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 FP16_SHAPES = ("standard",)  # the other shapes run in fp32 and bf16
 # For a GPU, in bf16.
 GPU_TRAINING = Shape(B=4, T=8192, Hq=16, H=4)
@@ -225,7 +229,7 @@ def decode_case(label: str, shape: Shape, dtype: str) -> Case:
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every shape, forward and forward with backward, dtype by dtype; decoding; for a GPU."""
+    """Every shape, forward and forward with backward, dtype by dtype; decoding; scaling; for a GPU."""
 
     def full(label: str, shape: Shape, mode: str, dtype: str) -> Case:
         return attention_case(label, shape.small() if small else shape, mode, dtype)
@@ -241,6 +245,10 @@ def cases(small: bool = False) -> Iterator[Case]:
     for label, shape in DECODE.items():
         for dtype in DTYPES:
             yield step(label, shape, dtype)
+    longer = [(f"scaling_T_{T}", Scaling("W=256", "T", T), Shape(T=T)) for T in LENGTHS]
+    wider = [(f"scaling_W_{W}", Scaling("T=4096", "W", W), Shape(window=W)) for W in WINDOWS]
+    for label, scaling, shape in longer + wider:
+        yield replace(full(label, shape, "forward_backward", "fp32"), scaling=scaling)
     for label, shape in GPU_SHAPES.items():
         for mode in MODES:
             yield for_gpu(full(label, shape, mode, "bf16"), BARS[label][mode], small)

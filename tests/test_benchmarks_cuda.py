@@ -70,8 +70,10 @@ def test_every_case_with_a_bar_is_there(name):
         assert against in (TERAFLOPS, OF_COPY) or any(cases.fnmatch.fnmatch(p, against) for p in peers)
 
 
-def test_no_other_case_has_bars_and_no_small_one():
-    assert {name for name, case in FULL.items() if case.bars} == {f"{name}/bf16" for name in TABLE}
+def test_no_other_case_for_a_gpu_has_bars_and_no_small_one():
+    assert {name for name, case in FULL.items() if case.bars and case.gpu} == {
+        f"{name}/bf16" for name in TABLE
+    }
     assert not any(case.bars or case.gpu for case in SMALL.values())
 
 

@@ -33,6 +33,34 @@ def expect(condition: bool, name: str, value, expected: str, error: type[Excepti
         fail(name, value, expected, error)
 
 
+def alike(ndim: int | None, *tensors) -> bool:
+    """Whether these are dense tensors of one float dtype on one device, all of `ndim` dimensions (None: any).
+
+    Nearly all calls have such tensors, and this says so quickly. For others the checks below, one argument at
+    a time, find what is wrong and with which one.
+    """
+    x = tensors[0]
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        return False
+    dtype, device = x.dtype, x.device
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.dtype != dtype or x.device != device or x.layout != torch.strided:
+            return False
+        if ndim is not None and x.ndim != ndim:
+            return False
+    return True
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, gates and states beside tensors of `dtype`: float32, float64 of float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes a microsecond also where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_float_tensor(name: str, value, ndim: int, letters: str) -> None:
     """A dense floating-point tensor of `ndim` dimensions, named by `letters` in the message."""
     if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout == torch.strided:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 State = Tensor | tuple[Tensor, Tensor]
+STRIDED = torch.strided
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,14 +40,14 @@ def alike(ndim: int | None, *tensors) -> bool:
     Nearly all calls have such tensors, and this says so quickly. For others the checks below, one argument at
     a time, find what is wrong and with which one.
     """
-    x = tensors[0]
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
         return False
-    dtype, device = x.dtype, x.device
+    dtype, on_cpu = first.dtype, first.is_cpu
     for x in tensors:
-        if not isinstance(x, Tensor) or x.dtype != dtype or x.device != device or x.layout != torch.strided:
+        if not isinstance(x, Tensor) or x.dtype != dtype or x.layout != STRIDED:
             return False
-        if ndim is not None and x.ndim != ndim:
+        if not (x.is_cpu if on_cpu else x.device == first.device) or (ndim is not None and x.ndim != ndim):
             return False
     return True
 
@@ -101,6 +102,11 @@ def check_state(name: str, state, normalize: bool, shape: tuple[int, ...], q: Te
     if normalize and (not isinstance(state, (tuple, list)) or len(state) != 2):
         fail(name, state, "a pair (state, normalizer)", TypeError)
     parts = tuple(state) if normalize else (state,)
+    if alike(None, *parts) and parts[0].shape == shape and parts[0].device == q.device:
+        if not normalize:
+            return state, None
+        if parts[1].shape == shape[:-1]:
+            return parts
     wanted = (letters, shape), (letters.rpartition(",")[0] + "]", shape[:-1])
     for i, (part, (names, size)) in enumerate(zip(parts, wanted, strict=False)):
         check_float_tensor(name, part, len(size), names)

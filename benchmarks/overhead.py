@@ -23,6 +23,7 @@ from torch import Tensor
 import slmkernels as slm
 
 from . import machine, report
+from .__main__ import WIDTH
 
 ROUNDS = 200
 CALLS = 20  # of a sample: shorter than what a busy machine lets run in one piece
@@ -219,7 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, a list of objects")
     options = parser.parse_args(arguments)
-    console, rows, threads = Console(), [], torch.get_num_threads()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    rows, threads = [], torch.get_num_threads()
     report.print_environment(console, {"environment": machine.environment(torch.device("cpu"))})
     try:
         for count in sorted({1, threads}):

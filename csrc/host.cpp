@@ -7,6 +7,7 @@
 
 #include "common/band.h"
 #include "common/isa.h"
+#include "common/poison.h"
 
 namespace py = pybind11;
 
@@ -55,6 +56,8 @@ PYBIND11_MODULE(_host, m) {
     m.def(
         "isa_complaint", [] { return std::string(slm::isa_complaint()); },
         "Why SLMKERNELS_CPU_ISA was not followed, or an empty string.");
+    m.def("get_poisoned", &slm::get_poisoned);
+    m.def("set_poisoned", &slm::set_poisoned, py::arg("on"), "Fill the operators' new memory with NaN?");
     m.def("band_keys", [](py::object left, py::object right, int64_t begin, int64_t end, int64_t S) {
         return as_tuple(band(left, right).keys({begin, end}, S));
     });

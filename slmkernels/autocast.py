@@ -8,7 +8,9 @@ from torch import Tensor
 
 def autocasts(x: Tensor) -> bool:
     """Does autocast act on x's device?"""
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def as_autocast_wants(*tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:

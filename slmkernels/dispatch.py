@@ -74,7 +74,7 @@ class Operation:
 
     def choose(self, call: Any, backend: str | None = None) -> str:
         """The backend that runs `call`; raises `Unsupported` if the named one cannot."""
-        named = _checked(backend, "backend") or _forced
+        named = _forced if backend is None else _checked(backend, "backend")
         if named is not None:
             reason = self.supports[named](call) if named in self.supports else "it has no such kernel"
             if reason is not None:
@@ -95,6 +95,17 @@ class Operation:
             self.warned.add(text)
             message = f"{self.name} runs on the slow PyTorch reference ({text})"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def operators(name: str) -> dict[str, torch._ops.OpOverload]:
+    """The operator `name` of every backend that has it, by the prefix of its name. To be looked up at import:
+    a search in `torch.ops` takes as long as a small call."""
+    namespace = torch.ops.slmkernels
+    return {
+        prefix: getattr(namespace, prefix + name).default
+        for prefix in ("", "triton_")
+        if hasattr(namespace, prefix + name)
+    }
 
 
 OPERATIONS: dict[str, Operation] = {}

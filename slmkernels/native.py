@@ -58,19 +58,19 @@ HAS_CUDA = torch.cuda.is_available() and _load("_C_cuda")
 host = _load_host()
 
 
-def reason_against(device: torch.device) -> str | None:
-    """None where native kernels can run on `device`, else why not."""
-    if device.type == "cpu":
+def reason_against(x: torch.Tensor) -> str | None:
+    """None where native kernels can run on x's device, else why not."""
+    if x.is_cpu:
         return None if HAS_CPU else REASONS["_C_cpu"]
-    if device.type == "cuda":
+    if x.is_cuda:
         return None if HAS_CUDA else REASONS.get("_C_cuda", "torch sees no CUDA device")
-    return f"device {device} has no native kernels (cpu and cuda have)"
+    return f"device {x.device} has no native kernels (cpu and cuda have)"
 
 
-def reason_against_kernel(device: torch.device) -> str | None:
+def reason_against_kernel(x: torch.Tensor) -> str | None:
     """The same for an operation without CUDA C++ kernels."""
-    return reason_against(device) or (
-        "device cuda has no native kernel of this operation yet" if device.type == "cuda" else None
+    return reason_against(x) or (
+        "device cuda has no native kernel of this operation yet" if x.is_cuda else None
     )
 
 
@@ -127,7 +127,7 @@ def reason_against_float64(x: torch.Tensor) -> str | None:
 
 def reason_against_call(call) -> str | None:
     """None where native kernels can run `call` (any object with its q), else why not."""
-    return reason_against_kernel(call.q.device)
+    return reason_against_kernel(call.q)
 
 
 if host is not None and host.isa_complaint():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 State = Tensor | tuple[Tensor, Tensor]
+STRIDED = torch.strided
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,6 +32,34 @@ def expect(condition: bool, name: str, value, expected: str, error: type[Excepti
     """`fail` unless the condition holds. Where a call's time counts, test first: the message costs more."""
     if not condition:
         fail(name, value, expected, error)
+
+
+def alike(ndim: int | None, *tensors) -> bool:
+    """Whether these are dense tensors of one float dtype on one device, all of `ndim` dimensions (None: any).
+
+    Nearly all calls have such tensors, and this says so quickly. For others the checks below, one argument at
+    a time, find what is wrong and with which one.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
+        return False
+    dtype, on_cpu = first.dtype, first.is_cpu
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.dtype != dtype or x.layout != STRIDED:
+            return False
+        if not (x.is_cpu if on_cpu else x.device == first.device) or (ndim is not None and x.ndim != ndim):
+            return False
+    return True
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, gates and states beside tensors of `dtype`: float32, float64 of float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes a microsecond also where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def check_float_tensor(name: str, value, ndim: int, letters: str) -> None:
@@ -73,6 +102,11 @@ def check_state(name: str, state, normalize: bool, shape: tuple[int, ...], q: Te
     if normalize and (not isinstance(state, (tuple, list)) or len(state) != 2):
         fail(name, state, "a pair (state, normalizer)", TypeError)
     parts = tuple(state) if normalize else (state,)
+    if alike(None, *parts) and parts[0].shape == shape and parts[0].device == q.device:
+        if not normalize:
+            return state, None
+        if parts[1].shape == shape[:-1]:
+            return parts
     wanted = (letters, shape), (letters.rpartition(",")[0] + "]", shape[:-1])
     for i, (part, (names, size)) in enumerate(zip(parts, wanted, strict=False)):
         check_float_tensor(name, part, len(size), names)

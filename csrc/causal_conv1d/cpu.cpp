@@ -20,6 +20,7 @@ namespace {
 using slm::dense;
 using slm::dense_rows;
 using slm::Dtype;
+using slm::empty;
 using slm::fresh;
 using slm::Rows;
 using slm::rows_of;
@@ -177,7 +178,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, Option
     Problem& p = in.problem;
     Tensor y = fresh(x, {x.size(0), x.size(1), p.C}, x.scalar_type(), false);
     p.y = rows_of(y);
-    Tensor state = torch::stable::new_empty(x, {return_state ? p.num_spans : 0, p.W - 1, p.C});
+    Tensor state = empty(x, {return_state ? p.num_spans : 0, p.W - 1, p.C}, x.scalar_type());
     const auto& tier = kernels();
     if (p.C > 0)
         torch::stable::parallel_for(0, p.tasks(), grain(p),
@@ -205,11 +206,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
         g.dstate = rows_of(*dstates);
     }
     const Tensor dx = fresh(x, {x.size(0), x.size(1), p.C}, x.scalar_type(), false);
-    const Tensor dweight = torch::stable::new_empty(in.weight, {p.C, p.W});
-    const Tensor dbias =
-        torch::stable::new_empty(bias.has_value() ? *bias : in.weight, {bias.has_value() ? p.C : 0});
+    const Tensor dweight = empty(in.weight, {p.C, p.W}, weight.scalar_type());
+    const Tensor& like = bias.has_value() ? *bias : in.weight;
+    const Tensor dbias = empty(like, {bias.has_value() ? p.C : 0}, like.scalar_type());
     const Tensor dinitial =
-        torch::stable::new_empty(x, {initial.has_value() ? p.num_spans : 0, p.W - 1, p.C});
+        empty(x, {initial.has_value() ? p.num_spans : 0, p.W - 1, p.C}, x.scalar_type());
     g.dx = rows_of(dx);
     if (initial.has_value()) g.dinitial = rows_of(dinitial);
     if (p.C == 0) return {dx, dweight, dbias, dinitial};
@@ -235,7 +236,7 @@ Tensor step(const Tensor& x, Tensor state, const Tensor& weight, Optional bias, 
     STD_TORCH_CHECK(p.C < 2 || p.W < 2 || state.numel() == 0 || state.stride(2) == 1,
                     "state must have a stride of 1 along its last dimension: it is updated in place");
     in.cut(std::nullopt);
-    Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), p.C});
+    Tensor y = empty(x, {x.size(0), x.size(1), p.C}, x.scalar_type());
     p.y = rows_of(y);
     const auto& tier = kernels();
     const int64_t least = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.size(1) * p.C));

@@ -219,22 +219,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     g.need_x = need_x, g.of_expert = call.of_expert.data(), g.experts = call.E;
 
     const ScalarType type = x.scalar_type();
-    const auto empty = [&] { return torch::stable::new_empty(x, {0}, type); };
-    const Tensor dx = need_x ? fresh(x, {p.T, p.d}, type, false) : empty();
+    const auto none = [&] { return slm::empty(x, {0}, type); };
+    const Tensor dx = need_x ? fresh(x, {p.T, p.d}, type, false) : none();
     const bool routed = call.weights.has_value();
     const Tensor dweights =
-        routed ? torch::stable::new_empty(x, {p.T, call.k}, statistics_type(p.dtype)) : empty();
+        routed ? slm::empty(x, {p.T, call.k}, statistics_type(p.dtype)) : none();
     if (routed) {
         g.dweights = dweights.data_ptr();
         for (const int64_t slot : call.absent)
             std::memset(static_cast<char*>(g.dweights) + size_t(slot) * call.wide(), 0, call.wide());
     }
-    const Tensor dup = need_w ? fresh(x, {call.E, p.H, p.d}, type, false) : empty();
-    const Tensor ddown = need_w ? fresh(x, {call.E, p.d, p.n}, type, false) : empty();
-    const Tensor db_up = need_w && p.b_up ? torch::stable::new_empty(x, {call.E, p.H}, type) : empty();
-    const Tensor db_down = need_w && p.b_down ? torch::stable::new_empty(x, {call.E, p.d}, type) : empty();
-    const Tensor dh = need_w ? fresh(x, {call.padded, p.H}, type, false) : empty();
-    const Tensor a = need_w ? fresh(x, {call.padded, p.n}, type, false) : empty();
+    const Tensor dup = need_w ? fresh(x, {call.E, p.H, p.d}, type, false) : none();
+    const Tensor ddown = need_w ? fresh(x, {call.E, p.d, p.n}, type, false) : none();
+    const Tensor db_up = need_w && p.b_up ? slm::empty(x, {call.E, p.H}, type) : none();
+    const Tensor db_down = need_w && p.b_down ? slm::empty(x, {call.E, p.d}, type) : none();
+    const Tensor dh = need_w ? fresh(x, {call.padded, p.H}, type, false) : none();
+    const Tensor a = need_w ? fresh(x, {call.padded, p.n}, type, false) : none();
     if (need_w) {
         g.dh = dh.data_ptr(), g.a = a.data_ptr(), g.dup = dup.data_ptr(), g.ddown = ddown.data_ptr();
         g.db_up = p.b_up ? db_up.data_ptr() : nullptr, g.db_down = p.b_down ? db_down.data_ptr() : nullptr;

@@ -16,6 +16,7 @@ namespace {
 using slm::dense_rows;
 using slm::Dtype;
 using slm::dtype_of;
+using slm::empty;
 using slm::fresh;
 using slm::HybridSequence;
 using slm::offsets;
@@ -139,7 +140,7 @@ Outputs forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
     Tensor top = fresh(q, {in.B, p.Hq, p.T}, ScalarType::Int, false);
     Tensor denominator = fresh(q, {in.B, p.Hq, p.T}, exact, false);
     Tensor kept = segment ? fresh(q, {in.B, p.S / segment, p.H, p.F * (p.V + 1)}, exact, false)
-                          : torch::stable::new_empty(q, {0}, exact);
+                          : empty(q, {0}, exact);
     p.o = rows_of(o), p.state = state.data_ptr(), p.z = z.data_ptr(), p.kept = kept.data_ptr();
     p.shift = shift.data_ptr(), p.denominator = denominator.data_ptr();
     p.top = static_cast<int32_t*>(top.data_ptr());
@@ -204,7 +205,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     g.dk = dks.data_ptr(), g.dv = dvs.data_ptr(), g.dphi_k = dphi_ks.data_ptr();
 
     const bool with_state = initial_state.has_value();
-    const auto none = [&] { return torch::stable::new_empty(q, {0}, exact); };  // results must not alias
+    const auto none = [&] { return empty(q, {0}, exact); };  // results must not alias
     const Tensor dstate0 = with_state ? fresh(q, {N, p.H, p.F, p.V}, exact, false) : none();
     const Tensor dz0 = with_state ? fresh(q, {N, p.H, p.F}, exact, false) : none();
     const Tensor dstate0s =
@@ -233,7 +234,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
             sum_parts(dz0s, dz0, N * p.H, p.F);
         }
     }
-    const Tensor dmix = torch::stable::new_empty(q, {mix.has_value() ? p.Hq : 0}, exact);
+    const Tensor dmix = empty(q, {mix.has_value() ? p.Hq : 0}, exact);
     for (int64_t h = 0; mix.has_value() && h < p.Hq; ++h) {
         double sum = 0;  // in the order of the sequences
         for (int64_t n = 0; n < N; ++n) sum += dmixes[size_t(n * p.Hq + h)];
@@ -278,7 +279,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& phi
     s.mix = data(factors);
     const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
     const Tensor features_q = dense_rows(phi_q), features_k = dense_rows(phi_k);
-    Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.Hq, s.V});
+    Tensor o = empty(q, {s.B, s.n, s.Hq, s.V}, q.scalar_type());
     s.q = rows_of(queries), s.k = rows_of(keys), s.v = rows_of(values), s.o = rows_of(o);
     s.phi_q = rows_of(features_q), s.phi_k = rows_of(features_k);
     s.scale = scale;

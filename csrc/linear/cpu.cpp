@@ -115,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
     p.columns = task_columns(N * p.H, p.V, std::max<int64_t>(kFewTasks, torch::stable::get_num_threads()));
     Tensor o = fresh(q, {in.B, p.T, p.H, p.V}, q.scalar_type(), false);
     Tensor state = fresh(q, {N, p.H, p.K, p.V}, exact, false);
-    Tensor z = normalize ? fresh(q, {N, p.H, p.K}, exact, false) : torch::stable::new_empty(q, {0}, exact);
+    Tensor z = normalize ? fresh(q, {N, p.H, p.K}, exact, false) : slm::empty(q, {0}, exact);
     Tensor kept = segment
                       ? fresh(q, {in.B, p.T / segment, p.H, p.K * p.V + (normalize ? p.K : 0)}, exact, false)
-                      : torch::stable::new_empty(q, {0}, exact);
+                      : slm::empty(q, {0}, exact);
     p.o = rows_of(o), p.state = state.data_ptr(), p.z = z.data_ptr(), p.kept = kept.data_ptr();
     const auto& tier = kernels();
     torch::stable::parallel_for(0, p.tasks(), 1,
@@ -153,7 +153,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     g.dout = rows_of(douts), g.dstate = in.data(dstates), g.dz = in.data(dzs);
 
     const auto empty = [&](bool there, Sizes shape) {
-        return there ? fresh(q, shape, exact, false) : torch::stable::new_empty(q, {0}, exact);
+        return there ? fresh(q, shape, exact, false) : slm::empty(q, {0}, exact);
     };
     const auto& tier = kernels();
     const auto sum_parts = [&](const Tensor& from, const Tensor& to, int64_t rows, int64_t count, int64_t n) {
@@ -181,7 +181,7 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
                           : channel ? empty(true, {B, p.T, p.H, p.K})
                                     : empty(gated, {B, p.T, p.H});
     const Tensor dbeta = empty(beta.has_value(), {B, p.T, p.H});
-    const Tensor ddecays = constant    ? torch::stable::new_empty(q, {N, p.H, parts}, ScalarType::Double)
+    const Tensor ddecays = constant    ? slm::empty(q, {N, p.H, parts}, ScalarType::Double)
                            : parts > 1 ? empty(gated, {B, p.T, p.H, parts, gates})
                                        : ddecay;
     const Tensor dbetas = parts > 1 ? empty(beta.has_value(), {B, p.T, p.H, parts}) : dbeta;

@@ -30,7 +30,7 @@ inline StepInputs read_step(const Tensor& q, const Tensor& k, const Tensor& v, c
     StepInputs in{dense_rows(q),
                   dense_rows(k),
                   dense_rows(v),
-                  torch::stable::new_empty(q, {s.B, s.n, s.H, s.V}),
+                  empty(q, {s.B, s.n, s.H, s.V}, q.scalar_type()),
                   {},
                   {},
                   s};

@@ -22,6 +22,7 @@ namespace {
 using slm::dense_rows;
 using slm::Dtype;
 using slm::dtype_of;
+using slm::empty;
 using slm::fresh;
 using slm::offsets;
 using slm::Range;
@@ -101,7 +102,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     Inputs in = read_inputs(q, k, v, sinks, cu, cu_k, left, right, scale, softcap);
     slm::Problem& p = in.problem;
     Tensor o = fresh(q, {q.size(0), p.T, p.Hq, p.Dv}, q.scalar_type(), false);
-    Tensor lse = torch::stable::new_empty(q, {q.size(0), p.Hq, p.T}, statistics_type(p.dtype));
+    Tensor lse = empty(q, {q.size(0), p.Hq, p.T}, statistics_type(p.dtype));
     p.o = rows_of(o);
     p.lse = lse.data_ptr();
     const auto& tier = kernels();
@@ -171,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
     const Range distances{-chunks(p.band.right), chunks(p.band.left) + 1};
     g.whole = distances.size() <= 2;
 
-    Tensor dsinks = torch::stable::new_empty(lses, {sinks.has_value() ? p.Hq : 0});
+    Tensor dsinks = empty(lses, {sinks.has_value() ? p.Hq : 0}, lses.scalar_type());
     if (sinks.has_value()) {
         const auto& tier = kernels();
         torch::stable::parallel_for(0, p.Hq, 1, [&](int64_t begin, int64_t end) {
@@ -235,7 +236,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_ring, Te
     const Tensor queries = dense_rows(q), keys = dense_rows(k), values = dense_rows(v);
     Optional logits;
     if (sinks.has_value()) logits = torch::stable::contiguous(*sinks);
-    Tensor o = torch::stable::new_empty(q, {s.B, s.n, s.Hq, s.Dv});
+    Tensor o = empty(q, {s.B, s.n, s.Hq, s.Dv}, q.scalar_type());
     s.q = rows_of(queries), s.o = rows_of(o);
     s.k_ring = k_ring.data_ptr(), s.v_ring = v_ring.data_ptr();
     int64_t* positions = static_cast<int64_t*>(position.data_ptr());

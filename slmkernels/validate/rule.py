@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import native
+
 # A few units in the last place: of the state's type for float64 and float32, of the results' otherwise.
 EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -118,8 +120,13 @@ def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN, also inside the operators, so that an element nobody wrote is seen."""
     previous = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    native_previous = native.host is not None and native.host.get_poisoned()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if native.host is not None:  # the CPU operators allocate on their own
+        native.host.set_poisoned(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(previous, warn_only=warn_only)
+        if native.host is not None:
+            native.host.set_poisoned(native_previous)

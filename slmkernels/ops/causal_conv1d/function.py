@@ -9,9 +9,12 @@ from torch.autograd.function import once_differentiable
 from ... import native
 from ...autocast import autocasts, without_autocast
 from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
-from ...validation import check_cu_seqlens, check_float_tensor, check_like, fail
+from ...dispatch import Operation, operators, register
+from ...validation import alike, check_cu_seqlens, check_float_tensor, check_like, fail
 from . import reference, triton_kernels
+
+FORWARD = operators("causal_conv1d_forward")
+BACKWARD = operators("causal_conv1d_backward")
 
 MAX_WIDTH = 8  # taps of the native kernels
 
@@ -48,7 +51,8 @@ def check_parameter(name: str, value, x: Tensor, letters: str) -> None:
 
 def check_parameters(x: Tensor, weight, bias) -> None:
     """Weight [C, W] and bias [C] for x."""
-    check_parameter("weight", weight, x, "[C, W]")
+    if not (alike(None, x, weight) and weight.ndim == 2 and weight.shape[0] == x.shape[2]):
+        check_parameter("weight", weight, x, "[C, W]")
     if weight.shape[1] < 1:
         fail("weight", weight, "[C, W] with at least one tap")
     if bias is not None:
@@ -91,9 +95,9 @@ def prepare(
 
 def reason_against_native(call) -> str | None:
     """None where the native kernels can run `call`, else why not."""
-    if call.x.device.type == "cpu" and call.weight.shape[1] > MAX_WIDTH:
+    if call.x.is_cpu and call.weight.shape[1] > MAX_WIDTH:
         return f"weight has {call.weight.shape[1]} taps; up to {MAX_WIDTH} are supported"
-    return native.reason_against_kernel(call.x.device)
+    return native.reason_against_kernel(call.x)
 
 
 # Best first; the same for the operation and its decode step.
@@ -110,8 +114,7 @@ class CausalConv1d(Function):
 
     @staticmethod
     def forward(x, weight, bias, initial_state, cu_seqlens, silu, return_state, prefix):
-        op = getattr(torch.ops.slmkernels, f"{prefix}causal_conv1d_forward").default
-        return op(x, weight, bias, initial_state, cu_seqlens, silu, return_state)
+        return FORWARD[prefix](x, weight, bias, initial_state, cu_seqlens, silu, return_state)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,7 +130,7 @@ class CausalConv1d(Function):
             dy = torch.zeros_like(x)
         if not ctx.return_state:
             dstate = None
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}causal_conv1d_backward").default
+        op = BACKWARD[ctx.prefix]
         dx, dweight, dbias, dinitial = op(dy, dstate, x, weight, bias, initial_state, cu_seqlens, ctx.silu)
         dbias = None if bias is None else dbias
         return dx, dweight, dbias, None if initial_state is None else dinitial, *[None] * 4

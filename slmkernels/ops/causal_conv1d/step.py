@@ -8,10 +8,12 @@ from torch import Tensor
 from ... import native
 from ...autocast import autocasts, without_autocast
 from ...autograd import mark_changed
-from ...dispatch import Operation, register
+from ...dispatch import Operation, operators, register
 from ...validation import FLOATS, check_float_tensor, fail
 from . import reference
 from .function import SUPPORTS, check_activation, check_parameters, check_state
+
+STEP = operators("causal_conv1d_step")
 
 
 class StepCall(NamedTuple):
@@ -97,7 +99,7 @@ def causal_conv1d_step(
         with without_autocast(x):
             return reference.causal_conv1d_step(*call)
     prefix = "triton_" if chosen == "triton" else ""
-    y = getattr(torch.ops.slmkernels, f"{prefix}causal_conv1d_step").default(*call)
+    y = STEP[prefix](*call)
     mark_changed(call.state)
     return y
 

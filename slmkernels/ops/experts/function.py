@@ -7,11 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import native, triton_support
-from ...autocast import as_autocast_wants, without_autocast
+from ...autocast import as_autocast_wants, autocasts, without_autocast
 from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
-from ...validation import check_cu_seqlens, check_float_tensor, check_like, fail
+from ...dispatch import Operation, operators, register
+from ...validation import alike, as_dtype, check_cu_seqlens, check_float_tensor, check_like, fail, wide
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
+
+FORWARD = operators("expert_mlp_forward")
+BACKWARD = operators("expert_mlp_backward")
 
 LAYOUTS = ("concatenated", "interleaved")
 # What the CUDA C++ kernels take: experts, rows, d and n, numbers of x.
@@ -43,12 +46,30 @@ def check_indices(name: str, value, ndim: int, letters: str, x: Tensor, E: int) 
     return value if value.dtype == torch.int32 else value.clamp(-1, E).to(torch.int32)
 
 
+def fits(x, w_gate_up, w_down, b_gate_up, b_down, factor: int) -> bool:
+    """Whether these are dense tensors of one dtype and of fitting sizes: nearly every call, found quickly."""
+    biases = [b for b in (b_gate_up, b_down) if b is not None]
+    if not alike(None, x, w_gate_up, w_down, *biases) or autocasts(x) or x.ndim != 2 or w_down.ndim != 3:
+        return False
+    E, d, n = w_down.shape
+    return (
+        min(E, d, n) >= 1
+        and x.shape[1] == d
+        and w_gate_up.shape == (E, factor * n, d)
+        and (b_gate_up is None or b_gate_up.shape == (E, factor * n))
+        and (b_down is None or b_down.shape == (E, d))
+    )
+
+
 def check_matrices(x, w_gate_up, w_down, b_gate_up, b_down, activation, layout) -> tuple:
     """What the two functions share -> x, the matrices and the biases as autocast wants them."""
     if activation not in reference.ACTIVATIONS:
         fail("activation", activation, f"one of {', '.join(reference.ACTIVATIONS)}")
     if layout not in LAYOUTS:
         fail("layout", layout, f"one of {', '.join(LAYOUTS)}")
+    factor = 2 if activation in reference.GATED else 1
+    if fits(x, w_gate_up, w_down, b_gate_up, b_down, factor):
+        return x, w_gate_up, w_down, b_gate_up, b_down
     check_float_tensor("x", x, 2, "[T, d]")
     if x.shape[1] < 1:
         fail("x", x, "at least one channel")
@@ -62,7 +83,7 @@ def check_matrices(x, w_gate_up, w_down, b_gate_up, b_down, activation, layout) 
     matrices = dict.fromkeys(named) | dict(zip(present, cast, strict=True))
     for name in present:
         check_like(name, matrices[name], "x", x)
-    (E, d, n), factor = w_down.shape, 2 if activation in reference.GATED else 1
+    E, d, n = w_down.shape
     if E < 1 or n < 1 or d != x.shape[1]:
         fail("w_down", w_down, f"shape [E, {x.shape[1]}, n] to go with x, E and n at least 1")
     rows = f"2n = {2 * n}" if factor == 2 else f"n = {n} ({activation} has no gate)"
@@ -88,7 +109,7 @@ def prepare(
     check_float_tensor("weights", weights, 2, "[T, k]")
     if weights.shape != indices.shape or weights.device != x.device:
         fail("weights", weights, f"shape {list(indices.shape)} on {x.device}, to go with indices")
-    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    weights = as_dtype(weights, wide(x.dtype))
     return Call(x, indices, weights, None, *matrices, activation, layout == "interleaved")
 
 
@@ -139,8 +160,7 @@ def reason_against_cuda(call: Call) -> str | None:
 
 def reason_against_native(call: Call) -> str | None:
     """None where native kernels can run a call, else why not."""
-    reason = native.reason_against(call.x.device)
-    return reason or (reason_against_cuda(call) if call.x.device.type == "cuda" else None)
+    return native.reason_against(call.x) or (reason_against_cuda(call) if call.x.is_cuda else None)
 
 
 def slower_than_triton(call: Call, capability: tuple[int, int]) -> str | None:
@@ -155,8 +175,7 @@ def slower_than_triton(call: Call, capability: tuple[int, int]) -> str | None:
 
 def gives_way(call: Call) -> str | None:
     """The same for the GPU that x is on."""
-    device = call.x.device
-    return slower_than_triton(call, native.capability(device)) if device.type == "cuda" else None
+    return slower_than_triton(call, native.capability(call.x.device)) if call.x.is_cuda else None
 
 
 GIVES_WAY = {"native": gives_way}
@@ -179,8 +198,9 @@ class ExpertMLP(Function):
     def forward(
         x, indices, weights, cu_seqlens, up, down, b_up, b_down, activation, interleaved, save, prefix
     ):
-        op = getattr(torch.ops.slmkernels, f"{prefix}expert_mlp_forward").default
-        return op(x, indices, weights, cu_seqlens, up, down, b_up, b_down, activation, interleaved, save)
+        return FORWARD[prefix](
+            x, indices, weights, cu_seqlens, up, down, b_up, b_down, activation, interleaved, save
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -195,7 +215,7 @@ class ExpertMLP(Function):
         if dy is None:
             return (None,) * 12
         need = ctx.needs_input_grad
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}expert_mlp_backward").default
+        op = BACKWARD[ctx.prefix]
         gradients = op(dy, *ctx.saved_tensors, *ctx.options, need[0], any(need[4:8]))
         wanted = need[0], need[2], *need[4:8]
         dx, dweights, *dmatrices = (g if n else None for g, n in zip(gradients, wanted, strict=True))

@@ -8,9 +8,12 @@ from torch.autograd.function import once_differentiable
 
 from ... import native, triton_support
 from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
-from ...validation import check_flag, check_float_tensor, check_number, fail
+from ...dispatch import Operation, operators, register
+from ...validation import as_dtype, check_flag, check_float_tensor, check_number, fail, wide
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
+
+FORWARD = operators("route_forward")
+BACKWARD = operators("route_backward")
 
 
 class Routing(NamedTuple):
@@ -95,7 +98,7 @@ def prepare(
         check_float_tensor("selection_bias", bias, 1, "[E]")
         if bias.shape[0] != E or bias.device != logits.device:
             fail("selection_bias", bias, f"shape [{E}] on {logits.device}")
-        bias = bias.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        bias = as_dtype(bias.detach(), wide(logits.dtype))
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             fail("expert_mask", mask, "a bool tensor [E] or [T, E], True where allowed", TypeError)
@@ -114,8 +117,7 @@ def reason_against_cuda(call: Call) -> str | None:
 
 def reason_against_native(call: Call) -> str | None:
     """None where native kernels can run the call, else why not."""
-    device = call.logits.device
-    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+    return native.reason_against(call.logits) or (reason_against_cuda(call) if call.logits.is_cuda else None)
 
 
 OPERATION = register(
@@ -136,8 +138,7 @@ class Route(Function):
 
     @staticmethod
     def forward(logits, bias, mask, top_k, score, renormalize, groups, top, scale, prefix):
-        op = getattr(torch.ops.slmkernels, f"{prefix}route_forward").default
-        return op(logits, bias, mask, top_k, score, renormalize, groups, top, scale)
+        return FORWARD[prefix](logits, bias, mask, top_k, score, renormalize, groups, top, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +151,7 @@ class Route(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _indices, dweights, _counts, dprobabilities, dz, *_):
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}route_backward").default
+        op = BACKWARD[ctx.prefix]
         options = ctx.score, ctx.renormalize, ctx.scale
         return op(dweights, dprobabilities, dz, *ctx.saved_tensors, *options), *[None] * 9
 
@@ -203,9 +204,9 @@ def route(
     if backend == "reference":
         results = reference.route(*call)
     else:
-        number = reference.SCORES.index(call.score)
+        inputs, (score, *options) = call[:4], call[4:]
         prefix = "triton_" if backend == "triton" else ""
-        results = apply_function(Route, *call._replace(score=number), prefix)[:6]
+        results = apply_function(Route, *inputs, reference.SCORES.index(score), *options, prefix)[:6]
     return Routing(*results, call.expert_mask)
 
 
@@ -233,7 +234,7 @@ def update_selection_bias(selection_bias: Tensor, counts: Tensor, rate: float = 
 
 def fake_forward(logits, bias, mask, top_k, score, renormalize, groups, top, scale):
     """Shapes: indices, weights, counts, mean probabilities, z, entropy, logsumexp of each row."""
-    (T, E), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
+    (T, E), dtype = logits.shape, wide(logits.dtype)
     return (
         logits.new_empty(T, top_k, dtype=torch.int32),
         logits.new_empty(T, top_k, dtype=dtype),

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import native, triton_support
-from ...autocast import as_autocast_wants, without_autocast
-from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
+from ...autocast import as_autocast_wants, autocasts, without_autocast
+from ...autograd import Function, apply_function, wants_gradient
+from ...dispatch import Operation, operators, register
 from ...validation import (
+    alike,
+    as_dtype,
     check_cu_seqlens,
     check_flag,
     check_float_tensor,
@@ -18,8 +20,12 @@ from ...validation import (
     check_number,
     check_state,
     fail,
+    wide,
 )
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
+
+FORWARD = operators("hybrid_attention_forward")
+BACKWARD = operators("hybrid_attention_backward")
 
 ALIGNMENTS = ("sliding", "block")
 NO_BOUND = 2**62  # a window this long hides nothing, and position + window would pass 2**63
@@ -61,28 +67,29 @@ def check_alignment(alignment) -> bool:
 
 def check_tokens(q, k, v, phi_q, phi_k, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """The five tensors of a call or of a step. Autocast casts them to `dtype`, to its own if None."""
-    tensors = {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
-    letters = "[B, T, Hq, D]", "[B, T, Hkv, D]", "[B, T, Hkv, V]", "[B, T, Hq, F]", "[B, T, Hkv, F]"
-    for (name, x), shape in zip(tensors.items(), letters, strict=True):
-        check_float_tensor(name, x, 4, shape)
-    q, k, v, phi_q, phi_k = cast = as_autocast_wants(*tensors.values(), dtype=dtype)
-    for name, x in zip(tensors, cast, strict=True):
-        check_like(name, x, "q", q)
-    B, T, Hq, D = q.shape
-    H, F = k.shape[2], phi_q.shape[3]
+    if not alike(4, q, k, v, phi_q, phi_k) or autocasts(q):
+        tensors = {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
+        letters = "[B, T, Hq, D]", "[B, T, Hkv, D]", "[B, T, Hkv, V]", "[B, T, Hq, F]", "[B, T, Hkv, F]"
+        for (name, x), shape in zip(tensors.items(), letters, strict=True):
+            check_float_tensor(name, x, 4, shape)
+        q, k, v, phi_q, phi_k = cast = as_autocast_wants(*tensors.values(), dtype=dtype)
+        for name, x in zip(tensors, cast, strict=True):
+            check_like(name, x, "q", q)
+    (B, T, Hq, D), (k_B, k_T, H, k_D) = q.shape, k.shape
+    (v_B, v_T, v_H, V), (phi_B, phi_T, phi_H, F) = v.shape, phi_q.shape
     if D < 1:
         fail("q", q, "a head dimension of at least 1")
-    if k.shape[:2] != (B, T) or k.shape[3] != D:
+    if k_B != B or k_T != T or k_D != D:
         fail("k", k, f"[{B}, {T}, Hkv, {D}] to go with q")
     if H < 1 or Hq < 1 or Hq % H != 0:
         fail("q", q, f"a number of heads that k's {H} heads divide")
-    if v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
+    if v_B != B or v_T != T or v_H != H or V < 1:
         fail("v", v, f"[{B}, {T}, {H}, V] to go with k, V at least 1")
-    if phi_q.shape[:3] != q.shape[:3] or F < 1:
+    if phi_B != B or phi_T != T or phi_H != Hq or F < 1:
         fail("phi_q", phi_q, f"[{B}, {T}, {Hq}, F] to go with q, F at least 1")
     if phi_k.shape != (B, T, H, F):
         fail("phi_k", phi_k, f"shape {[B, T, H, F]}, to go with k and phi_q")
-    return cast
+    return q, k, v, phi_q, phi_k
 
 
 def check_mix(mix, q: Tensor) -> Tensor | None:
@@ -92,7 +99,7 @@ def check_mix(mix, q: Tensor) -> Tensor | None:
     check_float_tensor("mix", mix, 1, "[Hq]")
     if mix.shape[0] != q.shape[2] or mix.device != q.device:
         fail("mix", mix, f"shape [{q.shape[2]}], one factor per query head, on {q.device}")
-    return mix.to(torch.promote_types(q.dtype, torch.float32))
+    return as_dtype(mix, wide(q.dtype))
 
 
 def prepare(
@@ -114,7 +121,7 @@ def prepare(
     if initial_state is not None:
         shape = (N, v.shape[2], phi_q.shape[3], v.shape[3])
         states = check_state("initial_state", initial_state, True, shape, q, "[N, H, F, V]")
-        states = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in states)
+        states = (x.to(wide(q.dtype)) for x in states)
     return Call(q, k, v, phi_q, phi_k, mix, *states, cu_seqlens, window, block, scale)
 
 
@@ -143,7 +150,7 @@ class HybridAttention(Function):
     def forward(
         q, k, v, phi_q, phi_k, mix, state, normalizer, cu_seqlens, window, block, scale, segment, prefix
     ):
-        op = getattr(torch.ops.slmkernels, f"{prefix}hybrid_attention_forward").default
+        op = FORWARD[prefix]
         tensors = q, k, v, phi_q, phi_k, mix, state, normalizer, cu_seqlens
         return op(*tensors, window, block, scale, segment)
 
@@ -160,7 +167,7 @@ class HybridAttention(Function):
     def backward(ctx, do, dstate, dnormalizer, *_):
         saved = ctx.saved_tensors
         do = torch.zeros_like(saved[9]) if do is None else do
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}hybrid_attention_backward").default
+        op = BACKWARD[ctx.prefix]
         gradients = op(do, dstate, dnormalizer, *saved, *ctx.options)
         given = zip(gradients, saved[:8], strict=True)
         return *(gradient if x is not None else None for gradient, x in given), *[None] * 6
@@ -173,7 +180,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(call.q):
             return reference.hybrid_attention(*call[:9], **options)
     segment = 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:8]):
+    if wants_gradient(*call[:8]):
         segment = segment_length(call.window, call.block)
     prefix = "triton_" if backend == "triton" else ""
     return apply_function(HybridAttention, *call, segment, prefix)[:3]

@@ -8,11 +8,13 @@ from torch import Tensor
 from ... import native
 from ...autocast import without_autocast
 from ...autograd import mark_changed
-from ...dispatch import Operation, register
+from ...dispatch import Operation, operators, register
 from ...ring import Ring, check_cache
 from ...validation import check_like, check_number, describe, fail
 from . import reference
 from .function import SUPPORTS, Call, attend, check_alignment, check_mix, check_tokens
+
+STEP = operators("hybrid_attention_step")
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
@@ -174,7 +176,7 @@ def hybrid_attention_step(
         with without_autocast(q):
             return reference.hybrid_attention_step(q, k, v, phi_q, phi_k, *changed, mix, *options)
     prefix = "triton_" if chosen == "triton" else ""
-    op = getattr(torch.ops.slmkernels, f"{prefix}hybrid_attention_step").default
+    op = STEP[prefix]
     o = op(q, k, v, phi_q, phi_k, *changed, mix, *options)
     mark_changed(*changed)
     return o

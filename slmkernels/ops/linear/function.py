@@ -7,13 +7,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ... import native, triton_support
-from ...autocast import as_autocast_wants, without_autocast
+from ... import autograd, native, triton_support
+from ...autocast import as_autocast_wants, autocasts, without_autocast
 from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
+from ...dispatch import Operation, operators, register
 from ...validation import (
     FLOATS,
     State,
+    alike,
+    as_dtype,
     check_cu_seqlens,
     check_flag,
     check_float_tensor,
@@ -21,8 +23,12 @@ from ...validation import (
     check_number,
     check_state,
     fail,
+    wide,
 )
 from . import reference, triton_kernels
+
+FORWARD = operators("linear_attention_forward")
+BACKWARD = operators("linear_attention_backward")
 
 CHECKPOINT_BYTES = 1 << 18  # see `segment_length`
 # What the CUDA kernel takes of shared memory, by (K > 64, with beta); csrc/linear/forward.cu asserts it.
@@ -47,29 +53,34 @@ class Call(NamedTuple):
 
 def check_tokens(q, k, v):
     """q, k, v of a call or of a step, cast as autocast wants them, and their sizes (B, T, Hk, K, H, V)."""
-    check_float_tensor("q", q, 4, "[B, T, Hk, K]")
-    check_float_tensor("k", k, 4, "[B, T, Hk, K]")
-    check_float_tensor("v", v, 4, "[B, T, H, V]")
-    q, k, v = as_autocast_wants(q, k, v)
-    check_like("k", k, "q", q)
-    check_like("v", v, "q", q)
-    if k.shape != q.shape:
-        fail("k", k, f"shape {list(q.shape)} like q")
-    if v.shape[:2] != q.shape[:2]:
-        fail("v", v, f"batch and length {list(q.shape[:2])} like q")
-    if q.shape[3] < 1:
+    if not alike(4, q, k, v) or autocasts(q):
+        check_float_tensor("q", q, 4, "[B, T, Hk, K]")
+        check_float_tensor("k", k, 4, "[B, T, Hk, K]")
+        check_float_tensor("v", v, 4, "[B, T, H, V]")
+        q, k, v = as_autocast_wants(q, k, v)
+        check_like("k", k, "q", q)
+        check_like("v", v, "q", q)
+    shape = B, T, Hk, K = q.shape
+    v_B, v_T, H, V = v.shape
+    if k.shape != shape:
+        fail("k", k, f"shape {list(shape)} like q")
+    if v_B != B or v_T != T:
+        fail("v", v, f"batch and length {[B, T]} like q")
+    if K < 1:
         fail("q", q, "a head dimension of at least 1")
-    if v.shape[2] < 1 or v.shape[3] < 1:
+    if H < 1 or V < 1:
         fail("v", v, "at least one head, and a head dimension of at least 1")
-    if q.shape[2] < 1 or v.shape[2] % q.shape[2] != 0:
-        fail("v", v, f"a number of heads that q's {q.shape[2]} heads divide")
-    return q, k, v, (*q.shape, *v.shape[2:])
+    if Hk < 1 or H % Hk != 0:
+        fail("v", v, f"a number of heads that q's {Hk} heads divide")
+    return q, k, v, (B, T, Hk, K, H, V)
 
 
 def check_gates(decay, beta, q: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
     """decay and beta in the dtype of the state. decay's sign is looked at on the CPU only."""
+    if decay is None and beta is None:
+        return None, None
     B, T, _, K, H, _ = sizes
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide(q.dtype)
     if decay is not None:
         shapes = {1: (H,), 3: (B, T, H), 4: (B, T, H, K)}
         if not isinstance(decay, Tensor) or decay.dtype not in FLOATS or decay.layout != torch.strided:
@@ -79,16 +90,17 @@ def check_gates(decay, beta, q: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor 
             expected = ", ".join(str(list(shape)) for shape in shapes.values())
             fail("decay", decay, f"one of the shapes {expected} on {q.device}")
         visible = not torch.compiler.is_compiling() and not isinstance(decay, FakeTensor)
-        if visible and decay.device.type == "cpu" and decay.numel():
-            largest = decay.detach().amax().item()
+        if decay.is_cpu and visible and decay.numel():
+            gates = decay.detach() if decay.requires_grad else decay
+            largest = gates.max().item()  # amax takes longer
             if largest > 0:
                 fail("decay", largest, "log gates <= 0; this is the largest")
-        decay = decay.to(dtype)
+        decay = as_dtype(decay, dtype)
     if beta is not None:
         check_float_tensor("beta", beta, 3, "[B, T, H]")
         if beta.shape != (B, T, H) or beta.device != q.device:
             fail("beta", beta, f"shape {[B, T, H]} on {q.device}")
-        beta = beta.to(dtype)
+        beta = as_dtype(beta, dtype)
     return decay, beta
 
 
@@ -112,7 +124,7 @@ def prepare(
         N = cu_seqlens.shape[0] - 1
     states = (None, None)
     if initial_state is not None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = wide(q.dtype)
         states = check_state("initial_state", initial_state, normalize, (N, sizes[4], sizes[3], sizes[5]), q)
         states = tuple(None if x is None else x.to(dtype) for x in states)
     return Call(q, k, v, decay, beta, *states, cu_seqlens, scale, normalize, l2norm_qk)
@@ -120,7 +132,7 @@ def prepare(
 
 def wants_gradient(call: Call) -> str | None:
     """The first argument whose gradient a backward would want, if any."""
-    if not torch.is_grad_enabled():
+    if not autograd.wants_gradient(*call[:7]):
         return None
     named = zip(call._fields[:7], call[:7], strict=True)
     return next((name for name, x in named if x is not None and x.requires_grad), None)
@@ -149,8 +161,7 @@ def reason_against_cuda(call: Call) -> str | None:
 
 def reason_against_native(call: Call) -> str | None:
     """None where native kernels can run the call, else why not."""
-    device = call.q.device
-    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+    return native.reason_against(call.q) or (reason_against_cuda(call) if call.q.is_cuda else None)
 
 
 def slower_than_triton(call: Call) -> str | None:
@@ -175,7 +186,7 @@ SUPPORTS = {
     "triton": triton_support.reason_against,
     "reference": lambda call: None,
 }
-GIVES_WAY = {"native": lambda call: slower_than_triton(call) if call.q.device.type == "cuda" else None}
+GIVES_WAY = {"native": lambda call: slower_than_triton(call) if call.q.is_cuda else None}
 OPERATION = register(Operation("linear_attention", dict(SUPPORTS), prepare, GIVES_WAY))
 
 
@@ -199,7 +210,7 @@ class LinearAttention(Function):
     def forward(
         q, k, v, decay, beta, state, normalizer, cu_seqlens, scale, normalize, l2norm, segment, prefix
     ):
-        op = getattr(torch.ops.slmkernels, f"{prefix}linear_attention_forward").default
+        op = FORWARD[prefix]
         tensors = q, k, v, decay, beta, state, normalizer, cu_seqlens
         return op(*tensors, scale, normalize, l2norm, segment)
 
@@ -219,7 +230,7 @@ class LinearAttention(Function):
             do = torch.zeros_like(tensors[2])
         if not ctx.options[1]:
             dnormalizer = None
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}linear_attention_backward").default
+        op = BACKWARD[ctx.prefix]
         gradients = op(do, dstate, dnormalizer, *tensors, checkpoints, *ctx.options)
         given = zip(gradients, tensors[:7], strict=True)
         return *(gradient if x is not None else None for gradient, x in given), *[None] * 6

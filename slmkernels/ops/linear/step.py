@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ... import native
 from ...autograd import mark_changed
-from ...dispatch import Operation, register
-from ...validation import State, check_flag, check_number, check_state, fail
+from ...dispatch import Operation, operators, register
+from ...validation import State, check_flag, check_number, check_state, fail, wide
 from .function import GIVES_WAY, SUPPORTS, Call, attend, check_gates, check_tokens
+
+STEP = operators("linear_attention_step")
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call
 
@@ -38,7 +40,7 @@ def prepare(
     decay, beta = check_gates(decay, beta, q, sizes)
     if normalize and beta is not None:
         fail("normalize", normalize, "False with beta: the delta rule has no normaliser")
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide(q.dtype)
     parts = check_state("state", state, normalize, (sizes[0], sizes[4], sizes[3], sizes[5]), q)
     for part in parts:
         if part is not None and (part.dtype != dtype or not part.is_contiguous()):
@@ -71,8 +73,7 @@ def reason_against_native(call: StepCall) -> str | None:
     """None where native kernels can run the call, else why not."""
     if call.q.shape[1] > FEW_TOKENS:
         return SUPPORTS["native"](full_call(call))
-    device = call.q.device
-    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+    return native.reason_against(call.q) or (reason_against_cuda(call) if call.q.is_cuda else None)
 
 
 def gives_way(call: StepCall) -> str | None:
@@ -124,7 +125,7 @@ def linear_attention_step(
                 x.copy_(y)
         return o
     prefix = "triton_" if chosen == "triton" else ""
-    o = getattr(torch.ops.slmkernels, f"{prefix}linear_attention_step").default(*call)
+    o = STEP[prefix](*call)
     mark_changed(call.state, call.normalizer)
     return o
 

@@ -7,11 +7,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import native, triton_support
-from ...autocast import as_autocast_wants, without_autocast
+from ...autocast import as_autocast_wants, autocasts, without_autocast
 from ...autograd import Function, apply_function
-from ...dispatch import Operation, register
-from ...validation import check_cu_seqlens, check_float_tensor, check_like, check_number, fail
+from ...dispatch import Operation, operators, register
+from ...validation import (
+    alike,
+    as_dtype,
+    check_cu_seqlens,
+    check_float_tensor,
+    check_like,
+    check_number,
+    fail,
+    wide,
+)
 from . import reference, triton_kernels  # noqa: F401  (triton_kernels defines operators)
+
+FORWARD = operators("sliding_window_forward")
+BACKWARD = operators("sliding_window_backward")
 
 NO_BOUND = 2**62  # a side this long hides nothing, and position + side would pass 2**63
 Window = int | tuple[int | None, int | None] | None
@@ -67,19 +79,19 @@ def prepare(
     cu_seqlens=None, cu_seqlens_k=None, return_lse=False, backend=None,
 ) -> Call:  # fmt: skip
     """Check the public arguments and normalise them; the errors a user sees come from here."""
-    check_float_tensor("q", q, 4, "[B, T, Hq, D]")
-    check_float_tensor("k", k, 4, "[B, S, Hkv, D]")
-    check_float_tensor("v", v, 4, "[B, S, Hkv, Dv]")
-    q, k, v = as_autocast_wants(q, k, v)
-    check_like("k", k, "q", q)
-    check_like("v", v, "q", q)
-    B, T, Hq, D = q.shape
-    S, H = k.shape[1], k.shape[2]
+    if not alike(4, q, k, v) or autocasts(q):
+        check_float_tensor("q", q, 4, "[B, T, Hq, D]")
+        check_float_tensor("k", k, 4, "[B, S, Hkv, D]")
+        check_float_tensor("v", v, 4, "[B, S, Hkv, Dv]")
+        q, k, v = as_autocast_wants(q, k, v)
+        check_like("k", k, "q", q)
+        check_like("v", v, "q", q)
+    (B, T, Hq, D), (k_B, S, H, k_D), (v_B, v_S, v_H, _) = q.shape, k.shape, v.shape
     if D < 1:
         fail("q", q, "a head dimension of at least 1")
-    if k.shape[0] != B or k.shape[3] != D:
+    if k_B != B or k_D != D:
         fail("k", k, f"batch {B} and head dimension {D} like q")
-    if v.shape[:3] != k.shape[:3]:
+    if v_B != B or v_S != S or v_H != H:
         fail("v", v, f"[{B}, {S}, {H}, Dv] to go with k")
     if H < 1 or Hq % H != 0:
         fail("q", q, f"a number of heads that k's {H} heads divide")
@@ -120,8 +132,7 @@ def reason_against_cuda(call: Call) -> str | None:
 
 def reason_against_native(call: Call) -> str | None:
     """None where native kernels can run the call, else why not."""
-    device = call.q.device
-    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+    return native.reason_against(call.q) or (reason_against_cuda(call) if call.q.is_cuda else None)
 
 
 # Best first.
@@ -142,8 +153,7 @@ class SlidingWindowAttention(Function):
 
     @staticmethod
     def forward(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap, prefix):
-        op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_forward").default
-        return op(q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
+        return FORWARD[prefix](q, k, v, sinks, cu_seqlens, cu_seqlens_k, left, right, scale, softcap)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -157,7 +167,7 @@ class SlidingWindowAttention(Function):
         q, k, v, sinks, cu_seqlens, cu_seqlens_k, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        op = getattr(torch.ops.slmkernels, f"{ctx.prefix}sliding_window_backward").default
+        op = BACKWARD[ctx.prefix]
         dq, dk, dv, dsinks = op(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, cu_seqlens_k, *ctx.options)
         return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
@@ -169,7 +179,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         with without_autocast(call.q):
             return reference.sliding_window_attention(*call[:6], **options)
     if call.sinks is not None:  # statistics are float32 at least
-        call = call._replace(sinks=call.sinks.to(torch.promote_types(call.q.dtype, torch.float32)))
+        call = call._replace(sinks=as_dtype(call.sinks, wide(call.q.dtype)))
     bounds = _unbounded(call.left), _unbounded(call.right)
     prefix = "triton_" if backend == "triton" else ""
     arguments = (*call[:6], *bounds, call.scale, call.softcap or 0.0, prefix)

@@ -6,13 +6,24 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...autocast import as_autocast_wants, without_autocast
+from ...autocast import as_autocast_wants, autocasts, without_autocast
 from ...autograd import mark_changed
-from ...dispatch import Operation, register
+from ...dispatch import Operation, operators, register
 from ...ring import Ring, check_cache
-from ...validation import check_float_tensor, check_like, check_number, describe, fail
+from ...validation import (
+    alike,
+    as_dtype,
+    check_float_tensor,
+    check_like,
+    check_number,
+    describe,
+    fail,
+    wide,
+)
 from . import reference
 from .function import SUPPORTS, Call, attend, check_sinks
+
+STEP = operators("sliding_window_step")
 
 FEW_TOKENS = 8  # up to here the step kernels go token by token; beyond, one full call over ring + new tokens
 
@@ -77,15 +88,15 @@ def prepare(q, k, v, cache, *, scale=None, softcap=None, sinks=None, backend=Non
     """Check the public arguments; the errors a user sees come from here."""
     if not isinstance(cache, RingCache):
         fail("cache", cache, "a RingCache", TypeError)
-    check_float_tensor("q", q, 4, "[B, n, Hq, D]")
-    check_float_tensor("k", k, 4, "[B, n, Hkv, D]")
-    check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
-    B, H, _, D = cache.k.shape
-    n, Hq, Dv = q.shape[1], q.shape[2], cache.v.shape[3]
-    q, k, v = as_autocast_wants(q, k, v, dtype=cache.k.dtype)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_like(name, x, "cache", cache.k)
-    if q.shape[0] != B or q.shape[3] != D:
+    if not alike(4, q, k, v, cache.k) or autocasts(q):
+        check_float_tensor("q", q, 4, "[B, n, Hq, D]")
+        check_float_tensor("k", k, 4, "[B, n, Hkv, D]")
+        check_float_tensor("v", v, 4, "[B, n, Hkv, Dv]")
+        q, k, v = as_autocast_wants(q, k, v, dtype=cache.k.dtype)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_like(name, x, "cache", cache.k)
+    (B, H, _, D), (q_B, n, Hq, q_D), Dv = cache.k.shape, q.shape, cache.v.shape[3]
+    if q_B != B or q_D != D:
         fail("q", q, f"[{B}, n, Hq, {D}] to go with the cache")
     if Hq % H != 0:
         fail("q", q, f"a number of heads that the cache's {H} heads divide")
@@ -122,8 +133,7 @@ def reason_against_native(call: StepCall) -> str | None:
     """None where native kernels can run the call, else why not."""
     if call.q.shape[1] > FEW_TOKENS:
         return SUPPORTS["native"](full_call(call))
-    device = call.q.device
-    return native.reason_against(device) or (reason_against_cuda(call) if device.type == "cuda" else None)
+    return native.reason_against(call.q) or (reason_against_cuda(call) if call.q.is_cuda else None)
 
 
 SUPPORTS_STEP = {**SUPPORTS, "native": reason_against_native}
@@ -165,14 +175,14 @@ def sliding_window_attention_step(
         cache.append(k, v)
         return o
     if sinks is not None:  # statistics are float32 at least
-        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+        sinks = as_dtype(sinks, wide(q.dtype))
     rings = cache.k, cache.v, cache.position
     if chosen == "reference":
         with without_autocast(q):
             op = reference.sliding_window_attention_step
             return op(q, k, v, *rings, sinks, call.scale, call.softcap)
     prefix = "triton_" if chosen == "triton" else ""
-    op = getattr(torch.ops.slmkernels, f"{prefix}sliding_window_step").default
+    op = STEP[prefix]
     o = op(q, k, v, *rings, sinks, call.scale, call.softcap or 0.0)
     mark_changed(*rings)
     return o

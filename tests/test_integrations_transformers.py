@@ -23,6 +23,7 @@ from slmkernels.integrations.transformers import (
     accelerated,
     patch_gated_delta_rule,
     register,
+    speedup,
     unpatch_gated_delta_rule,
 )
 from slmkernels.integrations.transformers import experts as experts_module
@@ -382,3 +383,23 @@ def test_a_model_with_nothing_to_replace():
 def test_what_is_no_model():
     with pytest.raises(TypeError, match="model is 'Linear'"), accelerated(torch.nn.Linear(2, 2)):
         pass
+
+
+# --- speedup
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_speedup_prints_what_it_measured(training):
+    model = decoder("qwen3_next").train(training)
+    result = speedup(model, tokens=T, batch=2, rounds=2)
+    assert result.difference < LOGITS
+    assert len(result.theirs) == len(result.ours) == 2
+    text = str(result)
+    kind = "forward and backward" if training else "forward"
+    assert text.startswith(f"Qwen3NextForCausalLM, {kind}, 2 x {T} tokens: ")
+    assert f"{result.ratio:.2f} times as fast" in text
+    assert "Qwen3NextExperts" in text
+    assert model.config._attn_implementation == "eager"
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="tokens is 0"):
+        speedup(model, tokens=0)

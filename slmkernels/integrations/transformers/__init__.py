@@ -31,15 +31,18 @@ from ...dispatch import Unsupported
 from ...validation import fail
 from . import attention, delta_rule, experts, masks
 from .delta_rule import patch_gated_delta_rule, unpatch_gated_delta_rule
+from .speedup import Speedup, speedup
 
 NAME = "slmkernels"
 
 __all__ = [
     "NAME",
     "Report",
+    "Speedup",
     "accelerated",
     "patch_gated_delta_rule",
     "register",
+    "speedup",
     "unpatch_gated_delta_rule",
 ]
 

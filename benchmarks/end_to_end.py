@@ -201,7 +201,7 @@ def small_lm_case(preset: str, mode: str, small: bool) -> Case:
 def _replaced(build: Callable[[], nn.Module], inputs: Inputs) -> str:
     """What `accelerated` says that it replaced, in a word or two each."""
     with peers.accelerated(build().to(inputs["tokens"].device)) as report:
-        return ", ".join(re.split("[,:]", what)[0] for what in report.replaced)
+        return ", ".join(re.split("[,:]| and ", what)[0] for what in report.replaced)
 
 
 def style_case(style: str, mode: str, small: bool) -> Case:

@@ -121,8 +121,9 @@ def _figures(run: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
 
 def where(run: dict[str, Any]) -> str:
     """The machine, on one line."""
-    facts = run["environment"]
-    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    facts = {"threads": 1} | run["environment"]
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    machine = facts.get("gpu") or f"{facts['cpu']}, {threads}"
     return f"{machine}, torch {facts['torch']}, {facts.get('date', '')[:10]}"
 
 

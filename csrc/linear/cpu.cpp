@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/isa.h"
+#include "../common/subnormals.h"
 #include "../common/tensors.h"
 #include "checks.h"
 #include "step.h"
@@ -121,8 +122,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
                       : slm::empty(q, {0}, exact);
     p.o = rows_of(o), p.state = state.data_ptr(), p.z = z.data_ptr(), p.kept = kept.data_ptr();
     const auto& tier = kernels();
-    torch::stable::parallel_for(0, p.tasks(), 1,
-                                [&](int64_t begin, int64_t end) { tier.forward(p, begin, end); });
+    torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+        const slm::WithoutSubnormals here;
+        tier.forward(p, begin, end);
+    });
     return {o, state, z, kept};
 }
 
@@ -191,8 +194,10 @@ Gradients backward(const Tensor& dout, Optional dstate, Optional dz, const Tenso
     g.ddecay = ddecays.data_ptr(), g.dbeta = dbetas.data_ptr();
     g.dstate0 = initial_state.has_value() ? dstate0.data_ptr() : nullptr;
     g.dz0 = initial_normalizer.has_value() ? dz0s.data_ptr() : nullptr;
-    torch::stable::parallel_for(0, p.tasks(), 1,
-                                [&](int64_t begin, int64_t end) { tier.backward(g, begin, end); });
+    torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+        const slm::WithoutSubnormals here;
+        tier.backward(g, begin, end);
+    });
 
     if (g.summed) {
         sum_parts(dqs, dq, B * p.T * p.Hk, summands, p.K);
@@ -226,8 +231,10 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Optional decay, O
     s.state = state.data_ptr(), s.z = normalizer.has_value() ? normalizer->data_ptr() : nullptr;
     const auto& tier = kernels();
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, s.n * s.K * s.V));
-    torch::stable::parallel_for(0, s.B * s.H, grain,
-                                [&](int64_t begin, int64_t end) { tier.step(s, begin, end); });
+    torch::stable::parallel_for(0, s.B * s.H, grain, [&](int64_t begin, int64_t end) {
+        const slm::WithoutSubnormals here;
+        tier.step(s, begin, end);
+    });
     return in.o;
 }
 

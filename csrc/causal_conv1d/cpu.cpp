@@ -209,8 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, Optional
     const Tensor dweight = empty(in.weight, {p.C, p.W}, weight.scalar_type());
     const Tensor& like = bias.has_value() ? *bias : in.weight;
     const Tensor dbias = empty(like, {bias.has_value() ? p.C : 0}, like.scalar_type());
-    const Tensor dinitial =
-        empty(x, {initial.has_value() ? p.num_spans : 0, p.W - 1, p.C}, x.scalar_type());
+    const Tensor dinitial = empty(x, {initial.has_value() ? p.num_spans : 0, p.W - 1, p.C}, x.scalar_type());
     g.dx = rows_of(dx);
     if (initial.has_value()) g.dinitial = rows_of(dinitial);
     if (p.C == 0) return {dx, dweight, dbias, dinitial};

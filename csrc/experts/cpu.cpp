@@ -222,8 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const auto none = [&] { return slm::empty(x, {0}, type); };
     const Tensor dx = need_x ? fresh(x, {p.T, p.d}, type, false) : none();
     const bool routed = call.weights.has_value();
-    const Tensor dweights =
-        routed ? slm::empty(x, {p.T, call.k}, statistics_type(p.dtype)) : none();
+    const Tensor dweights = routed ? slm::empty(x, {p.T, call.k}, statistics_type(p.dtype)) : none();
     if (routed) {
         g.dweights = dweights.data_ptr();
         for (const int64_t slot : call.absent)

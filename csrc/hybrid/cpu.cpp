@@ -139,8 +139,8 @@ Outputs forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
     Tensor shift = fresh(q, {in.B, p.Hq, p.T}, exact, false);
     Tensor top = fresh(q, {in.B, p.Hq, p.T}, ScalarType::Int, false);
     Tensor denominator = fresh(q, {in.B, p.Hq, p.T}, exact, false);
-    Tensor kept = segment ? fresh(q, {in.B, p.S / segment, p.H, p.F * (p.V + 1)}, exact, false)
-                          : empty(q, {0}, exact);
+    Tensor kept =
+        segment ? fresh(q, {in.B, p.S / segment, p.H, p.F * (p.V + 1)}, exact, false) : empty(q, {0}, exact);
     p.o = rows_of(o), p.state = state.data_ptr(), p.z = z.data_ptr(), p.kept = kept.data_ptr();
     p.shift = shift.data_ptr(), p.denominator = denominator.data_ptr();
     p.top = static_cast<int32_t*>(top.data_ptr());

@@ -36,29 +36,27 @@ def _band(module, mask, sliding_window, is_causal) -> tuple[int | None, int | No
     return None if sliding_window is None else sliding_window - 1, 0
 
 
-def _packed(position_ids, cu_q, cu_k, q: Tensor, k: Tensor) -> Tensor | None:
-    """Offsets `[2, N + 1]` of documents that come packed without a mask that says so, or None.
+def _explicit(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> Tensor:
+    """Offsets `[2, N + 1]` of the documents that the caller names."""
+    if q.shape[0] != 1:
+        raise Unsupported(f"attention: cu_seq_lens_q with batch {q.shape[0]}; 1 is supported")
+    return torch.stack((cu_q, cu_q if cu_k is None else cu_k)).to(torch.int32)
 
-    `cu_q` and `cu_k` are of one row. Positions that start again do so between documents.
-    """
-    if cu_q is not None:
-        if q.shape[0] != 1:
-            raise Unsupported(f"attention: cu_seq_lens_q with batch {q.shape[0]}; 1 is supported")
-        return torch.stack((cu_q, cu_q if cu_k is None else cu_k)).to(torch.int32)
+
+def _by_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The same where positions start again within a text, or None where they do not."""
     T = q.shape[2]
     if (
         position_ids is None
         or position_ids.ndim != 2
         or T == 1
-        or position_ids.shape[1] != T
-        or k.shape[2] != T
+        or not T == k.shape[2] == position_ids.shape[1]
     ):
         return None
     step = position_ids.diff() != 1
     if not torch.compiler.is_compiling() and not step.any():
         return None
-    documents = torch.nn.functional.pad(step.cumsum(1), (1, 0)).expand(q.shape[0], -1)
-    return masks.document_offsets(documents)
+    return masks.document_offsets(torch.nn.functional.pad(step.cumsum(1), (1, 0)).expand(q.shape[0], -1))
 
 
 def attention(
@@ -106,14 +104,17 @@ def attention(
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     left, right = _band(module, mask, sliding_window, is_causal)
-    offsets = None
     if mask is not None and mask.shape[3] == 1:  # a static cache is filled up to here
         filled = int(mask[0, 0, 1, 0])
         key, value = key[:, :, :filled], value[:, :, :filled]
+    if cu_seq_lens_q is not None:
+        offsets = _explicit(cu_seq_lens_q, cu_seq_lens_k, query)
     elif mask is not None and mask.shape[3] > 1:
         offsets = mask[0, 0]
-    if offsets is None:
-        offsets = _packed(position_ids, cu_seq_lens_q, cu_seq_lens_k, query, key)
+    elif mask is not None and torch.compiler.is_compiling():  # then the mask says where documents begin
+        offsets = None
+    else:
+        offsets = _by_positions(position_ids, query, key)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     B, T = q.shape[:2]
     if offsets is not None:

@@ -83,16 +83,23 @@ def read(mask_function) -> Pattern:
 
 
 def read_compiled(mask_function, local_size, skips_bidirectional: bool, use_vmap: bool) -> Pattern:
-    """The same while torch.compile traces, which cannot look into functions: from what goes beside them.
-
-    The documents are left to `attention`, which sees position_ids.
-    """
+    """The same, but for documents, while torch.compile traces, which cannot look into functions: from what
+    goes beside them."""
     if use_vmap:
         raise Unsupported(f"attention_mask is made by a function of the model's own: use {EAGER}")
     if local_size is not None:
         return Pattern(local_size, local_size) if skips_bidirectional else Pattern(local_size - 1, 0)
     bidirectional = skips_bidirectional or mask_function is masking_utils.bidirectional_mask_function
     return Pattern(None, None if bidirectional else 0)
+
+
+def documents_of(mask_function, B: int, T: int, device) -> Tensor:
+    """Numbers of documents `[B, T]` by what the function says: one begins at a token that does not see the
+    one before it. (In a window of one token they do not matter.)"""
+    index = torch.arange(T, device=device)[None]
+    rows = torch.arange(B, device=device)[:, None]
+    sees = mask_function(rows, 0, index, (index - 1).clamp(min=0)).expand(B, T)
+    return (~sees).cumsum(1)
 
 
 def document_offsets(documents: Tensor) -> Tensor:
@@ -181,6 +188,12 @@ def mask(
     if torch.compiler.is_compiling():
         skips = "allow_is_bidirectional_skip" in options
         pattern = read_compiled(mask_function, local_size, skips, use_vmap)
+        plain = mask_function in (
+            masking_utils.causal_mask_function,
+            masking_utils.bidirectional_mask_function,
+        )
+        if not plain and attention_mask is None and isinstance(q_offset, int) and q_length == kv_length:
+            pattern = pattern._replace(documents=documents_of(mask_function, batch_size, q_length, device))
     else:
         pattern = read(mask_function)
     offset = q_offset - kv_offset  # of the first query among the keys

@@ -106,19 +106,14 @@ def nan_case(**case):
     return make(T=75, d=21, n=13, E=5, k=2, routing="distinct", **case)
 
 
-def same_but(ours, clean, exact=True, **exceptions):
-    """Equal except in these rows of these results, which must have changed to nothing finite.
-
-    Bit for bit, or where not `exact` but for the last bits: PyTorch's own bfloat16 products round a row
-    otherwise where its neighbour has a NaN, on Intel processors.
-    """
+def same_but(ours, clean, **exceptions):
+    """Bit-equal except in these rows of these results, which must have changed to nothing finite."""
     for name, x in clean.items():
         spoilt = torch.zeros(len(x), dtype=torch.bool)
         if name in exceptions:
             spoilt[exceptions[name]] = True
             assert not ours[name][spoilt].isfinite().flatten(1).all(1).any(), name
-        allowed = {"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 2**-6 * x.abs().max().item()}
-        torch.testing.assert_close(ours[name][~spoilt], x[~spoilt], **allowed, msg=name)
+        assert torch.equal(ours[name][~spoilt], x[~spoilt]), name
 
 
 @every_backend
@@ -163,7 +158,8 @@ def test_nan_beside_an_absent_slot(dtype, backend):
 
 
 def test_nan_of_a_token_stays_with_it_in_the_reference():
-    for dtype in DTYPES:
+    """Not in bfloat16: PyTorch's own product of a Sapphire Rapids lets a NaN reach the row before it."""
+    for dtype in set(DTYPES) - {torch.bfloat16}:
         nan_of_a_token(dtype, "reference")
 
 
@@ -186,8 +182,7 @@ def nan_of_a_token(dtype, backend):
         for name, more in (("x", {"y": [t]}), ("dy", {"db_down": experts})):
             spoilt = tensors | {name: tensors[name].clone()}
             spoilt[name][t] = math.nan
-            exact = backend != "reference" or dtype != torch.bfloat16
-            same_but(run(spoilt, public(backend), **options), clean, exact, **rows, **more)
+            same_but(run(spoilt, public(backend), **options), clean, **rows, **more)
 
 
 @every_backend

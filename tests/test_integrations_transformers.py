@@ -166,9 +166,38 @@ def test_packed_documents_by_position_ids_alone(name):
 
 @pytest.mark.parametrize("name", WITH_DELTA)
 def test_packed_documents_without_offsets_are_refused(name):
-    model, (positions, _) = decoder(name), packed(LENGTHS)
-    with accelerated(model), pytest.raises(Unsupported, match="cu_seq_lens_q is missing"):
-        model(tokens(1, sum(LENGTHS)), position_ids=positions)
+    """By whatever door, and no others: positions may grow by other steps than one."""
+    model, (positions, _), ids = decoder(name), packed(LENGTHS), tokens(1, sum(LENGTHS))
+    with accelerated(model):
+        for call in (
+            lambda: model(ids, position_ids=positions),
+            lambda: model(ids, None, positions),
+            lambda: model.model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)),
+        ):
+            with pytest.raises(Unsupported, match="cu_seq_lens_q is missing"):
+                call()
+        model(ids, position_ids=2 * torch.arange(sum(LENGTHS))[None], attention_mask=torch.ones_like(ids))
+
+
+def test_positions_may_grow_by_any_steps():
+    model, ids = decoder("mistral"), tokens(2, T)
+    options = {"position_ids": 2 * torch.arange(T)[None], "attention_mask": torch.ones_like(ids)}
+    theirs = forward_backward(model, ids, **options)
+    with accelerated(model):
+        same(forward_backward(model, ids, **options), theirs)
+
+
+def test_blocks_that_do_not_nest():
+    """The one that began first ends first: the other still runs on ours."""
+    module = transformers.models.qwen3_next.modeling_qwen3_next
+    theirs = module.torch_chunk_gated_delta_rule
+    first, second = accelerated(decoder("qwen3_next")), accelerated(decoder("qwen3_next"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert module.torch_chunk_gated_delta_rule is not theirs
+    second.__exit__(None, None, None)
+    assert module.torch_chunk_gated_delta_rule is theirs
 
 
 # --- generation
@@ -295,6 +324,12 @@ def test_patch_names_what_it_replaced():
     finally:
         unpatch_gated_delta_rule()
     assert module.torch_chunk_gated_delta_rule is theirs
+    model = decoder("qwen3_next")
+    with accelerated(model):
+        patch_gated_delta_rule(model)
+        unpatch_gated_delta_rule()  # the block goes on
+        assert module.torch_chunk_gated_delta_rule is not theirs
+    assert module.torch_chunk_gated_delta_rule is theirs
     with pytest.raises(Unsupported, match="'mistral' has no gated delta rule"):
         patch_gated_delta_rule("mistral")
     with pytest.raises(Unsupported, match="MistralForCausalLM has no gated delta rule"):
@@ -362,9 +397,11 @@ def test_limits_of_gpt_oss_that_are_others_are_seen():
     model = decoder("gpt_oss")
     module = model.model.layers[0].mlp.experts
     assert experts_module.recognise(module) == ("swigluoai", True)
-    module.limit = 5.0
-    with pytest.raises(Unsupported, match="none of"):
-        experts_module.recognise(module)
+    with accelerated(model):
+        model(tokens(1, T))
+        module.limit = 5.0  # also when it is known already
+        with pytest.raises(Unsupported, match="none of"):
+            model(tokens(1, T))
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_EXPERTS if n != "kimi_linear"])

@@ -81,6 +81,24 @@ def test_compiled_documents(name, by_offsets):
     same(ours, theirs)
 
 
+def test_compiled_masks_that_are_no_windows_are_refused():
+    """Llama 4's chunks with a mask of ones, and blocks both ways."""
+    from transformers_models import COMMON, randomised
+
+    changes = {"intermediate_size_mlp": 48, "num_local_experts": 4, "attention_chunk_size": 8}
+    config = transformers.Llama4TextConfig(**{**COMMON, **changes})
+    model = randomised(transformers.Llama4ForCausalLM._from_config(config, attn_implementation="eager"))
+    ids = tokens(2, T)
+    with accelerated(model), pytest.raises(RuntimeError, match="no window over packed documents"):
+        torch.compile(model, backend="aot_eager")(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    model = decoder("mistral")
+    blocks = torch.full((1, T), -1).index_fill(1, torch.arange(5, 12), 0)
+    mask = transformers.masking_utils.create_causal_mask
+    made = torch.compile(mask, backend="aot_eager")
+    with accelerated(model), pytest.raises(RuntimeError, match="no window over packed documents"):
+        made(model.config, torch.zeros(1, T, 32), None, None, block_sequence_ids=blocks)
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next"])
 def test_exported_program_equals_eager(name):
     model, ids = decoder(name), tokens(2, T)

@@ -12,9 +12,11 @@ the reason. Attention needs transformers 5.6; experts and delta rules 5.16.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 try:
@@ -34,6 +36,7 @@ from .delta_rule import patch_gated_delta_rule, unpatch_gated_delta_rule
 from .speedup import Speedup, speedup
 
 NAME = "slmkernels"
+NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")  # where a config keeps them
 
 __all__ = [
     "NAME",
@@ -111,15 +114,28 @@ def _use_experts(model: PreTrainedModel, report: Report) -> None:
 
 
 def _needs_offsets(module: nn.Module, arguments: tuple, options: dict) -> None:
-    """Delta rules see where documents begin by cu_seq_lens_q alone; transformers' own refuse them."""
-    position_ids = options.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2 or options.get("cu_seq_lens_q") is not None:
+    """Delta rules see where documents begin by cu_seq_lens_q alone."""
+    given = inspect.signature(module.forward).bind_partial(*arguments, **options).arguments
+    given |= given.pop("kwargs", {})
+    position_ids, mask = given.get("position_ids"), given.get("attention_mask")
+    if position_ids is None or position_ids.ndim != 2 or given.get("cu_seq_lens_q") is not None:
         return
-    if options.get("attention_mask") is None and (position_ids.diff() != 1).any():
+    if torch.compiler.is_compiling() or (
+        isinstance(mask, torch.Tensor) and not mask.all()
+    ):  # padding has any
+        return
+    if attention.starts_again(position_ids).any():
         raise Unsupported(
             "position_ids start again, that is documents are packed, and cu_seq_lens_q is missing, which the "
             "delta rule needs: DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives it"
         )
+
+
+def _guarded(model: PreTrainedModel, stack: contextlib.ExitStack) -> None:
+    """`_needs_offsets` before every part that takes position_ids, whichever of them is called."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and "position_ids" in inspect.signature(part.forward).parameters:
+            stack.callback(part.register_forward_pre_hook(_needs_offsets, with_kwargs=True).remove)
 
 
 @contextlib.contextmanager
@@ -128,7 +144,8 @@ def accelerated(model: PreTrainedModel) -> Iterator[Report]:
 
     Its parameters and its class stay as they are, and what was replaced comes back at the end. Attention and
     experts are switched for this model; delta rules, which are functions of transformers' modules, for all
-    models of its family.
+    models of its family. Blocks of one model end in the reverse order of their beginnings; a deep copy made
+    inside keeps the names and the check of position_ids that the block sets.
 
     Args:
         model: a transformers model, on any device.
@@ -144,25 +161,23 @@ def accelerated(model: PreTrainedModel) -> Iterator[Report]:
     if not isinstance(model, PreTrainedModel):
         fail("model", type(model).__name__, "a transformers.PreTrainedModel", TypeError)
     register()
-    report, patched, hook = Report(), [], None
-    names = ("_attn_implementation_internal", "_experts_implementation_internal")
-    before = [(c, {n: getattr(c, n) for n in names if hasattr(c, n)}) for c in _configs(model)]
-    try:
+    report = Report()
+    with contextlib.ExitStack() as stack:
+        stack.callback(
+            _restore, [(c, {n: getattr(c, n) for n in NAMES if hasattr(c, n)}) for c in _configs(model)]
+        )
         _use_attention(model, report)
         _use_experts(model, report)
-        if modules := delta_rule.modeling_modules(model):
-            patched = patch_gated_delta_rule(model)
-            hook = model.register_forward_pre_hook(_needs_offsets, with_kwargs=True)
-            functions = [n for m in modules for n in delta_rule.REPLACEMENTS if hasattr(m, n)]
-            report.replaced.append(f"delta rule and convolution: {', '.join(functions)}")
+        if functions := delta_rule.functions_of(delta_rule.modeling_modules(model)):
+            stack.enter_context(delta_rule.held(functions))
+            _guarded(model, stack)
+            report.replaced.append(f"delta rule and convolution: {', '.join(name for _, name in functions)}")
         if not report.replaced:
             raise Unsupported(f"{type(model).__name__}: nothing to replace\n{report}")
         yield report
-    finally:
-        for config, values in before:
-            for name, value in values.items():
-                setattr(config, name, value)
-        if patched:
-            unpatch_gated_delta_rule(*patched)
-        if hook is not None:
-            hook.remove()
+
+
+def _restore(before: list[tuple[object, dict]]) -> None:
+    for config, values in before:
+        for name, value in values.items():
+            setattr(config, name, value)

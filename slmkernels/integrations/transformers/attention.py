@@ -43,6 +43,11 @@ def _explicit(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> Tensor:
     return torch.stack((cu_q, cu_q if cu_k is None else cu_k)).to(torch.int32)
 
 
+def starts_again(position_ids: Tensor) -> Tensor:
+    """`[B, T]` -> bool `[B, T - 1]`: does the next token begin a document? Positions grow by any steps."""
+    return position_ids.diff() <= 0
+
+
 def _by_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The same where positions start again within a text, or None where they do not."""
     T = q.shape[2]
@@ -53,10 +58,10 @@ def _by_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor |
         or not T == k.shape[2] == position_ids.shape[1]
     ):
         return None
-    step = position_ids.diff() != 1
-    if not torch.compiler.is_compiling() and not step.any():
+    again = starts_again(position_ids)
+    if not torch.compiler.is_compiling() and not again.any():
         return None
-    return masks.document_offsets(torch.nn.functional.pad(step.cumsum(1), (1, 0)).expand(q.shape[0], -1))
+    return masks.document_offsets(torch.nn.functional.pad(again.cumsum(1), (1, 0)).expand(q.shape[0], -1))
 
 
 def attention(

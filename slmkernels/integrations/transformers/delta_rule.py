@@ -4,10 +4,12 @@ Each of these models keeps its own copies of the functions as globals of its mod
 `patch` puts ours in their place.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -154,7 +156,10 @@ FAMILIES = (
     "lara_mini",
     "qwen4_exp",
 )
-_replaced: dict[tuple[str, str], Callable] = {}  # (module, function) -> theirs
+Function = tuple[str, str]  # the names of a module and of a function in it
+_replaced: dict[Function, Callable] = {}  # -> theirs
+_for_good: set[Function] = set()  # until `unpatch_gated_delta_rule`
+_holders: Counter[Function] = Counter()  # -> blocks of `accelerated` that need ours
 
 
 def modeling_modules(model: nn.Module) -> list[ModuleType]:
@@ -192,19 +197,44 @@ def patch_gated_delta_rule(*models: str | nn.Module) -> list[str]:
             name = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
             raise Unsupported(f"models: {name} has no gated delta rule; {', '.join(FAMILIES)} have")
         modules += found
-    done = []
-    for module in modules:
-        for name, ours in REPLACEMENTS.items():
-            theirs = getattr(module, name, None)
-            if theirs is not None and theirs is not ours:
-                _replaced[module.__name__, name] = theirs
-                setattr(module, name, ours)
-                done.append(f"{module.__name__}.{name}")
+    functions = functions_of(modules)
+    done = [".".join(function) for function in functions if function not in _replaced]
+    _for_good.update(functions)
+    _settle(functions)
     return done
 
 
-def unpatch_gated_delta_rule(*names: str) -> None:
-    """Put transformers' functions back: those that `patch_gated_delta_rule` named, all if none."""
-    for module, function in list(_replaced):
-        if not names or f"{module}.{function}" in names:
-            setattr(sys.modules[module], function, _replaced.pop((module, function)))
+def unpatch_gated_delta_rule() -> None:
+    """Put transformers' functions back, but where a block of `accelerated` runs: at its end."""
+    functions = list(_for_good)
+    _for_good.clear()
+    _settle(functions)
+
+
+def functions_of(modules: list[ModuleType]) -> list[Function]:
+    """What there is to replace in these modules."""
+    return [(m.__name__, name) for m in modules for name in REPLACEMENTS if hasattr(m, name)]
+
+
+@contextlib.contextmanager
+def held(functions: list[Function]) -> Iterator[None]:
+    """Ours inside the block, however many of them there are and in whatever order they end."""
+    _holders.update(functions)
+    _settle(functions)
+    try:
+        yield
+    finally:
+        _holders.subtract(functions)
+        _settle(functions)
+
+
+def _settle(functions: list[Function]) -> None:
+    """Put ours where somebody needs it, and theirs back where nobody does any more."""
+    for function in functions:
+        module, name = function
+        wanted = function in _for_good or _holders[function] > 0
+        if wanted and function not in _replaced:
+            _replaced[function] = getattr(sys.modules[module], name)
+            setattr(sys.modules[module], name, REPLACEMENTS[name])
+        elif not wanted and function in _replaced:
+            setattr(sys.modules[module], name, _replaced.pop(function))

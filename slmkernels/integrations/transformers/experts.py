@@ -11,7 +11,7 @@ from ...ops.experts.function import expert_mlp
 
 # Values that tell the activations apart, and show clamps: of n gates and n ups each.
 _PROBE = torch.linspace(-12, 12, 97, dtype=torch.float64)
-_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module -> (activation, interleaved)
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module -> its numbers, what it computes
 
 
 def _grid() -> tuple[Tensor, Tensor]:
@@ -52,10 +52,13 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _recognised(module: torch.nn.Module) -> tuple[str, bool]:
-    if module not in _known:
+    # What its activation may depend on: that may change, a limit say.
+    numbers = [x for x in vars(module).values() if isinstance(x, (int, float))]
+    key = (getattr(module, "act_fn", None), *numbers)
+    if module not in _known or _known[module][0] != key:
         with torch.no_grad():
-            _known[module] = recognise(module)
-    return _known[module]
+            _known[module] = key, recognise(module)
+    return _known[module][1]
 
 
 def check(module: torch.nn.Module) -> None:

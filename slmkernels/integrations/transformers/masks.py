@@ -102,6 +102,28 @@ def documents_of(mask_function, B: int, T: int, device) -> Tensor:
     return (~sees).cumsum(1)
 
 
+def agrees(mask_function, pattern: Pattern, B: int, T: int, q_offset, last, device) -> Tensor:
+    """Does the function say what the pattern says, of the keys beside every query and at the pattern's edges?
+
+    `last` is the last key's position. Blocks both ways show at the next key, chunks at the window's end.
+    """
+    expected = {0: True, 1: pattern.right is None or pattern.right > 0}
+    if pattern.left is not None:
+        expected |= {-pattern.left: True, -pattern.left - 1: False}
+    if pattern.right:
+        expected |= {pattern.right: True, pattern.right + 1: False}
+    rows, q = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None] + q_offset
+    good = torch.ones(B, T, dtype=torch.bool, device=device)
+    for distance, visible in expected.items():
+        k = q + distance
+        counts = (k >= 0) & (k <= last)
+        k = k.clamp(min=0, max=last)
+        if pattern.documents is not None:  # then positions are indices
+            counts = counts & (pattern.documents == pattern.documents.gather(1, k.expand(B, T)))
+        good = good & ((mask_function(rows, 0, q, k) == visible) | ~counts)
+    return good.all()
+
+
 def document_offsets(documents: Tensor) -> Tensor:
     """Numbers of documents `[B, T]`, equal within one -> int32 `[2, N + 1]`, offsets in the flattened rows.
 
@@ -192,8 +214,14 @@ def mask(
             masking_utils.causal_mask_function,
             masking_utils.bidirectional_mask_function,
         )
-        if not plain and attention_mask is None and isinstance(q_offset, int) and q_length == kv_length:
-            pattern = pattern._replace(documents=documents_of(mask_function, batch_size, q_length, device))
+        if not plain:
+            if attention_mask is None and isinstance(q_offset, int) and q_length == kv_length:
+                pattern = pattern._replace(
+                    documents=documents_of(mask_function, batch_size, q_length, device)
+                )
+            edges = batch_size, q_length, q_offset, kv_length + kv_offset - 1, device
+            what = f"attention_mask is no window over packed documents: use {EAGER}"
+            torch._assert_async(agrees(mask_function, pattern, *edges), what)
     else:
         pattern = read(mask_function)
     offset = q_offset - kv_offset  # of the first query among the keys

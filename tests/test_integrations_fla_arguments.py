@@ -139,6 +139,12 @@ ERRORS = [
     ("chunk_simple_gla", {"state_v_first": None}, TypeError, "state_v_first is None"),
     ("chunk_simple_gla", {"initial_state": torch.zeros(B, H, V, K)}, ValueError, "initial_state is "),
     ("chunk_simple_gla", {"initial_state": g, "state_v_first": True}, ValueError, "initial_state is "),
+    (
+        "chunk_simple_gla",
+        {"initial_state": torch.zeros(B, H, K, V), "state_v_first": True},
+        ValueError,
+        rf"initial_state is float32\[{B}, {H}, {K}, {V}\].*shape \[{B}, {H}, {V}, {K}\]",
+    ),
     ("chunk_simple_gla", {"cu_seqlens": torch.tensor([0, T])}, ValueError, "q is .*batch 1"),
     ("fused_recurrent_simple_gla", {"reverse": 1}, TypeError, "reverse is 1"),
     ("fused_recurrent_gla", {"gk": g}, ValueError, "gk is "),

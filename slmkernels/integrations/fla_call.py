@@ -41,6 +41,10 @@ def attend(
     cu_seqlens = offsets(cu_seqlens)
     if initial_state is not None and state_v_first:
         check_float_tensor("initial_state", initial_state, 4, "[N, H, V, K]")
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (N, *v.shape[2:], q.shape[3])
+        if initial_state.shape != shape:
+            fail("initial_state", initial_state, f"shape {list(shape)}: [N, HV, V, K]")
         initial_state = initial_state.mT
     if check_flag("reverse", reverse):  # the mirrored sequences, forwards; packed ones change places too
         q, k, v, decay, beta = (

@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         "as report.md, results.json and figures to --out or benchmarks/results/<machine kind>/",
     )
     add(
+        "--minutes",
+        type=float,
+        metavar="N",
+        default=scoreboard.MINUTES,
+        help="of --all, for its cases: fewer mean fewer samples",
+    )
+    add(
         "--compare",
         type=Path,
         nargs=2,
@@ -76,6 +83,7 @@ def _run(options: argparse.Namespace, cases: dict[str, Case], console: Console) 
             with_memory=with_memory,
             overhead=not options.cases,
             quick=options.quick,
+            minutes=options.minutes,
         )
         report.print_bars(console, run)
         return run

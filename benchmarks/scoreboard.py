@@ -149,11 +149,12 @@ def run_all(
     with_memory: bool,
     overhead: bool,
     quick: bool,
+    minutes: float = MINUTES,
 ) -> dict[str, Any]:
     """Measure everything and write results.json, report.md and the figures into `out` -> the run.
 
     Args: as of `measure`; `rounds` None: as many as there is time for; overhead: of the host, too; quick:
-        with two, without compilers and without a time limit.
+        with two, without compilers and without a time limit; minutes: the limit of the cases, if not.
     """
     rounds = rounds or (2 if quick else ROUNDS)
     threads, environment = torch.get_num_threads(), machine.environment(device)
@@ -173,7 +174,7 @@ def run_all(
         return part
 
     options = {"rounds": rounds, "with_memory": with_memory, "compilers": not quick}
-    pace = None if quick else Pace(MINUTES, {name: weight(case) for name, case in cases.items()})
+    pace = None if quick else Pace(minutes, {name: weight(case) for name, case in cases.items()})
     found = measure({n: cases[n] for n in first}, small, device, console, keep, **options, pace=pace)
     found.sort(key=lambda result: order.index(result.case.name))
     chosen = {name: cases[name] for name in THREAD_CASES if name in cases}

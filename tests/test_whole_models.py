@@ -125,10 +125,13 @@ def test_generated_code_equals_eager():
     close(gradients(model, loss), gradients(model, expected_loss))
 
 
-@pytest.mark.slow
-def test_packaged_program_equals_eager(tmp_path):
-    """AOTInductor, minutes too; its fast sibling is `test_exported_program_runs_at_other_lengths`."""
-    model, length = MODELS["gated_delta"](), torch.export.Dim("length", min=3, max=4096)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param("L", id="small"), pytest.param("SLHF", marks=pytest.mark.slow, id="every mixer")]
+)
+def test_packaged_program_equals_eager(pattern, tmp_path):
+    """AOTInductor: minutes of a C++ compiler, where there is more than a layer."""
+    shape = {"pattern": pattern, "num_layers": len(pattern), "expert_every": len(pattern)}
+    model, length = small_lm(**shape)(), torch.export.Dim("length", min=3, max=4096)
     with torch.no_grad():
         program = torch.export.export(model, (tokens_of(2, 40),), dynamic_shapes=({1: length},))
         package = tmp_path / "model.pt2"

@@ -67,7 +67,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides,
                                                            type, device, index, &handle));
     const Tensor x(handle);
-    if (poisoned && device == aoti_torch_device_type_cpu())
+    if (poisoned && x.numel() > 0 && device == aoti_torch_device_type_cpu())
         std::memset(x.data_ptr(), 0xff, size_t(x.numel()) * x.element_size());
     return x;
 }

@@ -20,7 +20,8 @@
 // Gates. Exponents are sums over the tokens between two positions, never differences of two long sums: with
 // gates of -50 the sums grow to thousands, and their differences would lose the digits of a gate of -0.001.
 // One gate a head: the sums j..i run down a vector of lanes j, one addition a row. One a channel: see
-// channels.inl. An exponent is never above 0, and -inf gives exact zeros.
+// channels.inl. An exponent is never above 0, and -inf gives exact zeros. What decays below the normal numbers
+// counts as zero: see common/subnormals.h.
 
 #include "../common/ahead.h"
 #include "../common/vectors.h"

@@ -36,7 +36,7 @@ from .delta_rule import patch_gated_delta_rule, unpatch_gated_delta_rule
 from .speedup import Speedup, speedup
 
 NAME = "slmkernels"
-NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")  # where a config keeps them
+FIELDS = ("_attn_implementation_internal", "_experts_implementation_internal")  # where a config keeps them
 
 __all__ = [
     "NAME",
@@ -102,14 +102,17 @@ def _use_experts(model: PreTrainedModel, report: Report) -> None:
     parts = [part for part in model.modules() if experts.has_experts(part)]
     if not parts:
         return
+    before = model.config._experts_implementation
     try:
         for part in parts:
-            experts.check(part)
+            experts.activation_of(part)
+        model.set_experts_implementation(NAME)
     except Unsupported as reason:
         report.left.append(str(reason))
         return
-    before = model.config._experts_implementation
-    model.set_experts_implementation(NAME)
+    except ValueError as refusal:  # of transformers, which before 5.16 takes no names but its own
+        report.left.append(f"experts: {refusal}")
+        return
     report.replaced.append(f"experts, in the place of {before!r}: {_counted(parts)}")
 
 
@@ -120,9 +123,8 @@ def _needs_offsets(module: nn.Module, arguments: tuple, options: dict) -> None:
     position_ids, mask = given.get("position_ids"), given.get("attention_mask")
     if position_ids is None or position_ids.ndim != 2 or given.get("cu_seq_lens_q") is not None:
         return
-    if torch.compiler.is_compiling() or (
-        isinstance(mask, torch.Tensor) and not mask.all()
-    ):  # padding has any
+    padded = isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling() and not mask.all()
+    if torch.compiler.is_compiling() or padded:  # positions of padding are any
         return
     if attention.starts_again(position_ids).any():
         raise Unsupported(
@@ -164,11 +166,14 @@ def accelerated(model: PreTrainedModel) -> Iterator[Report]:
     report = Report()
     with contextlib.ExitStack() as stack:
         stack.callback(
-            _restore, [(c, {n: getattr(c, n) for n in NAMES if hasattr(c, n)}) for c in _configs(model)]
+            _restore, [(c, {n: getattr(c, n) for n in FIELDS if hasattr(c, n)}) for c in _configs(model)]
         )
         _use_attention(model, report)
         _use_experts(model, report)
-        if functions := delta_rule.functions_of(delta_rule.modeling_modules(model)):
+        functions = delta_rule.functions_of(delta_rule.modeling_modules(model))
+        if functions and not delta_rule.CALLED_BY_NAME:
+            report.left.append(delta_rule.OLDER)
+        elif functions:
             stack.enter_context(delta_rule.held(functions))
             _guarded(model, stack)
             report.replaced.append(f"delta rule and convolution: {', '.join(name for _, name in functions)}")

@@ -7,7 +7,7 @@ from ...dispatch import Unsupported
 from ...ops.sliding_window.function import sliding_window_attention
 from . import masks
 
-# What changes the result and has no kernel; None, False or 0 is as good as absent.
+# What changes the result and has no kernel; None or False is as good as absent.
 REFUSED = {
     "position_bias": "added to the scores",
     "head_mask": "a factor of each head",

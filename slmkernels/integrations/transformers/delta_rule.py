@@ -1,7 +1,7 @@
 """The delta rules of transformers' hybrid models and their convolution, under transformers' names.
 
 Each of these models keeps its own copies of the functions as globals of its module, which its layers call:
-`patch` puts ours in their place.
+`patch_gated_delta_rule` and, for a while, `held` put ours in their place.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.integrations import hub_kernels
 
 from ...dispatch import Unsupported
 from ...ops.causal_conv1d.function import causal_conv1d
@@ -156,6 +158,9 @@ FAMILIES = (
     "lara_mini",
     "qwen4_exp",
 )
+# Before 5.16 each layer held its functions itself: to replace the globals would change nothing.
+CALLED_BY_NAME = hasattr(hub_kernels, "use_kernel_func_from_hub_with_fallback")
+OLDER = f"delta rule: transformers is {transformers.__version__}; its layers take ours from 5.16 on"
 Function = tuple[str, str]  # the names of a module and of a function in it
 _replaced: dict[Function, Callable] = {}  # -> theirs
 _for_good: set[Function] = set()  # until `unpatch_gated_delta_rule`
@@ -188,8 +193,10 @@ def patch_gated_delta_rule(*models: str | nn.Module) -> list[str]:
         What was replaced now, as "module.function".
 
     Raises:
-        Unsupported: a model or a model type that has no such functions.
+        Unsupported: a model or a model type that has no such functions; transformers before 5.16.
     """
+    if not CALLED_BY_NAME:
+        raise Unsupported(OLDER)
     modules = [module for family in FAMILIES for module in _family(family)] if not models else []
     for model in models:
         found = modeling_modules(model) if isinstance(model, nn.Module) else _family(model)

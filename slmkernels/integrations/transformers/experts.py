@@ -61,13 +61,13 @@ def _recognised(module: torch.nn.Module) -> tuple[str, bool]:
     return _known[module][1]
 
 
-def check(module: torch.nn.Module) -> None:
-    """Raises Unsupported for an expert module that `experts` cannot serve."""
+def activation_of(module: torch.nn.Module) -> tuple[str, bool]:
+    """`recognise`, remembered; raises Unsupported for an expert module that `experts` cannot serve."""
     if getattr(module, "has_post_expert_norm", False):
         raise Unsupported(
             f"experts: {type(module).__name__} has a norm behind each expert, which has no kernel"
         )
-    _recognised(module)
+    return _recognised(module)
 
 
 def experts(
@@ -86,8 +86,7 @@ def experts(
     Raises:
         Unsupported: an activation that `expert_mlp` does not have, or a norm behind the experts.
     """
-    check(module)
-    activation, interleaved = _recognised(module)
+    activation, interleaved = activation_of(module)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
     if module.is_transposed:
